@@ -1,0 +1,107 @@
+//! What the engine needs of whatever computes: one trait for llama.cpp and for the simulator.
+
+use std::sync::Arc;
+
+use crate::error::RequestError;
+use crate::request::{ChatMessage, TokenId};
+
+/// The seat of a token history in the KV cache, `0..n_seq_max`.
+pub type SeqId = u32;
+
+/// Computes steps. Owned by the engine thread; nobody else touches it.
+pub trait Backend: Send {
+    /// Fixed sizes, asked once.
+    fn limits(&self) -> BackendLimits;
+
+    /// Computes the rows. On success [`logits`](Self::logits) can be read for each row that asked for output.
+    ///
+    /// # Errors
+    /// [`StepError`]; its `cache_unchanged` tells whether the rows' sequences are still what they were.
+    fn decode(&mut self, rows: &[Row]) -> Result<(), StepError>;
+
+    /// Scores after row `i` of the last step: shape `[n_vocab]`, before softmax. `None` if the row asked for no output.
+    fn logits(&self, i: usize) -> Option<&[f32]>;
+
+    /// Keeps the first `n_tokens` of `seq` and frees the rest. `false` when the memory cannot be cut there; the sequence
+    /// is then empty.
+    fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool;
+
+    /// Makes `dst` hold the first `n_tokens` of `src`. `false` when the memory cannot be cut there; `dst` is then empty.
+    fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool;
+}
+
+/// The sizes of a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackendLimits {
+    /// Sequences.
+    pub n_seq_max: u32,
+    /// The most cells of one sequence.
+    pub n_cells_per_seq: u32,
+    /// Cells of all sequences.
+    pub n_cells: u32,
+    /// Whether all sequences draw on one pool of cells.
+    pub unified: bool,
+    /// The most rows of one step.
+    pub n_batch: u32,
+    /// The most rows that the device computes at once.
+    pub n_ubatch: u32,
+    /// Tokens of the vocabulary.
+    pub n_vocab: usize,
+}
+
+/// One token of one step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// The sequence it extends.
+    pub seq: SeqId,
+    /// The token.
+    pub token: TokenId,
+    /// Its place in the sequence, from 0.
+    pub pos: u32,
+    /// Whether the scores after it are wanted.
+    pub output: bool,
+}
+
+/// A step that was not computed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct StepError {
+    /// Whether the cells of the step's sequences are as they were.
+    pub cache_unchanged: bool,
+    /// What went wrong.
+    pub message: String,
+}
+
+/// Text to tokens and back, shared by all threads.
+pub trait Tokenizer: Send + Sync {
+    /// Tokens of `text`. `add_special` adds BOS and EOS where the model wants them; `parse_special` reads the text of
+    /// control tokens as these tokens.
+    ///
+    /// # Errors
+    /// [`RequestError::Tokenize`] when the tokenizer fails on the text.
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<TokenId>, RequestError>;
+
+    /// Appends the bytes of one token. Control tokens have none.
+    fn token_bytes(&self, token: TokenId, out: &mut Vec<u8>);
+
+    /// Whether the token ends a generation.
+    fn is_end_of_generation(&self, token: TokenId) -> bool;
+
+    /// Every token that ends a generation.
+    fn end_of_generation(&self) -> &[TokenId];
+
+    /// The most bytes that one token stands for, to refuse a text before it is tokenized.
+    fn max_token_bytes(&self) -> usize;
+
+    /// The prompt that asks for an answer to `messages`.
+    ///
+    /// # Errors
+    /// [`RequestError::NoChatTemplate`], or [`RequestError::ChatTemplate`] with the template's own message.
+    fn render_chat(&self, messages: &[ChatMessage]) -> Result<String, RequestError>;
+}
+
+/// A backend and its tokenizer, as the engine takes them.
+pub(crate) struct Loaded {
+    pub(crate) backend: Box<dyn Backend>,
+    pub(crate) tokenizer: Arc<dyn Tokenizer>,
+}

@@ -1,0 +1,135 @@
+//! What an engine is told at its start.
+
+use std::path::{Path, PathBuf};
+
+use minerva_gpu::DeviceChoice;
+use serde::{Deserialize, Serialize};
+
+/// How to load a model and how much of the machine to give it. Fields that are `None` are chosen by the engine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EngineConfig {
+    /// The GGUF file (the first one of a split model).
+    pub model_path: PathBuf,
+    /// The name that the model goes by; `None` is its file name without `.gguf`.
+    pub model_name: Option<String>,
+    /// Where to run.
+    pub device: DeviceChoice,
+    /// Layers on the GPU; never more than the model has.
+    pub n_gpu_layers: Option<u32>,
+    /// Run on the CPU when the GPU has no room, instead of failing.
+    pub fallback_to_cpu: bool,
+    /// The most device memory to use, in bytes. `None` is the default share of the device.
+    pub memory_limit_bytes: Option<u64>,
+    /// The most tokens one request may have, prompt and answer together.
+    pub context_length_tokens: Option<u32>,
+    /// KV cells that all sequences share.
+    pub n_cells: Option<u32>,
+    /// Sequences that are computed at once.
+    pub n_seq_max: Option<u32>,
+    /// The most tokens of one step.
+    pub n_batch: u32,
+    /// The most tokens that the device computes at once.
+    pub n_ubatch: u32,
+    /// Compute threads while one token per sequence is decoded.
+    pub n_threads: Option<u32>,
+    /// Compute threads for prompts.
+    pub n_threads_batch: Option<u32>,
+    /// Flash attention.
+    pub flash_attention: FlashAttention,
+    /// Element type of the K cache.
+    pub kv_type_k: KvType,
+    /// Element type of the V cache.
+    pub kv_type_v: KvType,
+    /// One pool of cells for all sequences, instead of a stream of cells per sequence.
+    pub kv_unified: bool,
+    /// Let the CPU backend repack weights for its matrix units (AMX, AVX-VNNI and such).
+    pub use_extra_buffers: bool,
+    /// Map the model file instead of reading it.
+    pub use_mmap: bool,
+    /// Requests that may wait; one more is refused.
+    pub max_queued_requests: usize,
+    /// Prompt tokens that may wait; a request that would pass this is refused.
+    pub max_queued_tokens: usize,
+    /// A chat template to use in place of the model's.
+    pub chat_template: Option<String>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            model_path: PathBuf::new(),
+            model_name: None,
+            device: DeviceChoice::Auto,
+            n_gpu_layers: None,
+            fallback_to_cpu: true,
+            memory_limit_bytes: None,
+            context_length_tokens: None,
+            n_cells: None,
+            n_seq_max: None,
+            n_batch: 2048,
+            n_ubatch: 512,
+            n_threads: None,
+            n_threads_batch: None,
+            flash_attention: FlashAttention::Auto,
+            kv_type_k: KvType::F16,
+            kv_type_v: KvType::F16,
+            kv_unified: false,
+            use_extra_buffers: true,
+            use_mmap: true,
+            max_queued_requests: 256,
+            max_queued_tokens: 1 << 20,
+            chat_template: None,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// The defaults for one model file.
+    pub fn new(model_path: impl AsRef<Path>) -> Self {
+        Self { model_path: model_path.as_ref().to_path_buf(), ..Self::default() }
+    }
+
+    /// The name that the model goes by.
+    pub fn model_name(&self) -> String {
+        self.model_name.clone().unwrap_or_else(|| {
+            self.model_path.file_stem().map_or_else(|| "model".to_owned(), |stem| stem.to_string_lossy().into_owned())
+        })
+    }
+}
+
+/// Whether attention is computed without storing the whole score matrix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlashAttention {
+    /// Where the device supports it.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never. A quantized V cache needs flash attention and is refused.
+    Off,
+}
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "the names are ggml's type names")]
+pub enum KvType {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    #[serde(rename = "q5_1")]
+    Q5_1,
+    #[serde(rename = "q5_0")]
+    Q5_0,
+    #[serde(rename = "q4_1")]
+    Q4_1,
+    #[serde(rename = "q4_0")]
+    Q4_0,
+    #[serde(rename = "iq4_nl")]
+    Iq4Nl,
+}

@@ -1,0 +1,220 @@
+//! The handle: loads a model, starts the engine's threads, hands requests over.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use crate::backend::{Loaded, Tokenizer};
+use crate::config::EngineConfig;
+use crate::error::{LoadError, RequestError};
+use crate::intake::{Intake, Task};
+use crate::llama;
+use crate::request::{Request, TokenId};
+use crate::shared::{QueueLimits, Shared};
+use crate::sim::{self, SimConfig};
+use crate::status::{BuildInfo, EngineStats, LoadProgress, ModelInfo};
+use crate::stream::EventStream;
+use crate::worker::{Command, Worker};
+
+/// A loaded model that answers requests. Cheap to clone; every clone, and every stream of events, keeps it alive.
+///
+/// # Examples
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::ops::ControlFlow;
+/// use minerva_engine::{ChatMessage, Engine, EngineConfig, Event, Request};
+///
+/// let engine = Engine::load(EngineConfig::new("model.gguf"), |_| ControlFlow::Continue(()))?;
+/// let mut events = engine.generate(Request::chat([ChatMessage::user("Hello!")]).max_tokens(64)).await?;
+/// while let Some(event) = events.next().await {
+///     if let Event::Delta(delta) = event {
+///         print!("{}", delta.text);
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+/// What handles and streams share. Dropping the last one ends the threads.
+pub(crate) struct Inner {
+    info: ModelInfo,
+    shared: Arc<Shared>,
+    tokenizer: Arc<dyn Tokenizer>,
+    next_id: AtomicU64,
+    commands: Sender<Command>,
+    tasks: Sender<Task>,
+    worker: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Loads a model. Blocks for as long as that takes; `progress` is called as it goes on and can stop it.
+    ///
+    /// # Errors
+    /// [`LoadError`]: the device is not there, the model does not fit, the file is no model, `progress` stopped it.
+    pub fn load(
+        config: EngineConfig,
+        mut progress: impl FnMut(&LoadProgress) -> ControlFlow<()> + Send,
+    ) -> Result<Self, LoadError> {
+        let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
+        let (loaded, info) = llama::load(&config, &mut progress)?;
+        Self::start(loaded, info, queue)
+    }
+
+    /// An engine over the simulator: no model and no llama.cpp, the same scheduling. For tests of whatever is above.
+    ///
+    /// # Panics
+    /// When the system refuses a thread.
+    pub fn simulate(config: SimConfig) -> Self {
+        let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
+        let (loaded, info) = sim::load(config);
+        Self::start(loaded, info, queue).expect("the system can start a thread")
+    }
+
+    fn start(loaded: Loaded, info: ModelInfo, queue: QueueLimits) -> Result<Self, LoadError> {
+        let limits = loaded.backend.limits();
+        let shared = Arc::new(Shared::new(u64::from(limits.n_cells), u64::from(limits.n_seq_max)));
+        let tokenizer = Arc::clone(&loaded.tokenizer);
+        let (commands, mailbox) = mpsc::channel();
+        let (tasks, inbox) = mpsc::channel();
+        let n_ctx = info.context_length_tokens as usize;
+        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, queue };
+        thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
+        let worker = Worker::new(loaded, mailbox, Arc::clone(&shared));
+        let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
+        let inner = Inner {
+            info,
+            shared,
+            tokenizer,
+            next_id: AtomicU64::new(1),
+            commands,
+            tasks,
+            worker: Mutex::new(Some(worker)),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Renders, tokenizes, checks and queues a request on a thread of the engine. Resolves as soon as the request is
+    /// accepted or refused, not when it runs. Dropping the future cancels the request.
+    ///
+    /// # Errors
+    /// [`RequestError`]: nothing of the request was or will be computed.
+    pub async fn generate(&self, request: Request) -> Result<EventStream, RequestError> {
+        self.hand_over(request)?.await.unwrap_or(Err(RequestError::ShuttingDown))
+    }
+
+    /// [`generate`](Self::generate) for threads without an executor.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn generate_blocking(&self, request: Request) -> Result<EventStream, RequestError> {
+        self.hand_over(request)?.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
+    }
+
+    fn hand_over(&self, request: Request) -> Result<oneshot::Receiver<Result<EventStream, RequestError>>, RequestError> {
+        let (answer, receiver) = oneshot::channel();
+        let engine = Arc::clone(&self.inner);
+        self.inner.task(Task::Generate { request: Box::new(request), submitted: Instant::now(), engine, answer })?;
+        Ok(receiver)
+    }
+
+    /// Tokens of a text; `add_special` adds BOS and EOS where the model wants them.
+    ///
+    /// # Errors
+    /// [`RequestError::Tokenize`] when the tokenizer fails on the text.
+    pub async fn tokenize(&self, text: String, add_special: bool) -> Result<Vec<TokenId>, RequestError> {
+        let (answer, receiver) = oneshot::channel();
+        self.inner.task(Task::Tokenize { text, add_special, answer })?;
+        receiver.await.unwrap_or(Err(RequestError::ShuttingDown))
+    }
+
+    /// The bytes that tokens stand for; control tokens stand for none. They need not be whole characters.
+    pub fn detokenize(&self, tokens: &[TokenId]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        tokens.iter().for_each(|&token| self.inner.tokenizer.token_bytes(token, &mut bytes));
+        bytes
+    }
+
+    /// The model and where it runs.
+    pub fn info(&self) -> &ModelInfo {
+        &self.inner.info
+    }
+
+    /// Counters and gauges. Never waits for a step.
+    pub fn stats(&self) -> EngineStats {
+        self.inner.shared.stats()
+    }
+
+    /// How long the step that is being computed has been running; `None` between steps. A step that is far older than
+    /// any before it means that the device hangs.
+    pub fn step_age(&self) -> Option<Duration> {
+        self.inner.shared.step_age()
+    }
+
+    /// What this build is.
+    pub fn build_info() -> BuildInfo {
+        llama::build_info()
+    }
+
+    /// Refuses new requests from now on; accepted ones finish.
+    pub fn drain(&self) {
+        self.inner.shared.close();
+    }
+
+    /// Ends the engine: what still runs or waits fails with [`GenerationError::Shutdown`](crate::GenerationError).
+    pub fn shutdown(&self) {
+        self.inner.shared.close();
+        self.inner.send(Command::Shutdown);
+    }
+}
+
+impl Inner {
+    fn task(&self, task: Task) -> Result<(), RequestError> {
+        if self.is_closed() {
+            return Err(RequestError::ShuttingDown);
+        }
+        self.tasks.send(task).map_err(|_| RequestError::ShuttingDown)
+    }
+
+    /// A command for the engine thread; it is lost only when that thread has ended.
+    pub(crate) fn send(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    pub(crate) fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.shared.is_closed()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.send(Command::Shutdown);
+        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // The last handle can be dropped on one of the engine's own threads; a thread cannot wait for itself.
+        if let Some(worker) = worker.filter(|worker| worker.thread().id() != thread::current().id()) {
+            let _ = worker.join(); // the model's memory is free when this returns
+        }
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("model", &self.info.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,105 @@
+//! Why a model did not load and why a request was refused.
+
+use crate::sampler::InvalidParam;
+
+/// Why a request was refused. Nothing of it was computed.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// A parameter is outside its range.
+    #[error(transparent)]
+    InvalidParam(#[from] InvalidParam),
+    /// The prompt leaves no room for an answer in the context of one request.
+    #[error("the prompt has {n_prompt_tokens} tokens, the context of one request is {n_ctx} tokens")]
+    ContextLength {
+        /// Tokens of the prompt. For a text that was refused before it was tokenized, the fewest it can have.
+        n_prompt_tokens: usize,
+        /// Tokens that one request may have, prompt and answer together.
+        n_ctx: usize,
+    },
+    /// The prompt has no tokens.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// As many requests, or as many prompt tokens, wait as may.
+    #[error("the queue is full: {queued} {unit} wait, the limit is {limit}")]
+    QueueFull {
+        /// What was counted: `requests` or `prompt tokens`.
+        unit: &'static str,
+        /// How many wait.
+        queued: usize,
+        /// How many may.
+        limit: usize,
+        /// When it may be worth trying again.
+        retry_after_s: u32,
+    },
+    /// The conversation cannot be rendered.
+    #[error("the chat template cannot render these messages: {message}")]
+    ChatTemplate {
+        /// What the template engine said.
+        message: String,
+    },
+    /// The model has no chat template.
+    #[error("the model has no chat template; give one with `--chat-template-file`, or send a plain prompt")]
+    NoChatTemplate,
+    /// The tokenizer failed on the text.
+    #[error("the text cannot be tokenized: {message}")]
+    Tokenize {
+        /// What the tokenizer said.
+        message: String,
+    },
+    /// A token of the prompt is not in the vocabulary.
+    #[error("token {token} of the prompt is outside the vocabulary of {n_vocab}")]
+    UnknownToken {
+        /// The token.
+        token: i32,
+        /// Tokens of the vocabulary.
+        n_vocab: usize,
+    },
+    /// The engine takes no new requests.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+}
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The device that was asked for cannot be used.
+    #[error(transparent)]
+    Device(#[from] minerva_gpu::GpuError),
+    /// llama.cpp could not load the model.
+    #[error("cannot load the model")]
+    Llama(#[from] minerva_llama::LoadError),
+    /// The model does not fit where it was asked to go. The text is the guide's.
+    #[error("Out of memory: {what} memory exceeded: {needed_bytes} + {used_bytes} > {limit_bytes}")]
+    OutOfMemory {
+        /// `GPU` or `system`.
+        what: &'static str,
+        /// Bytes that the model and its context need.
+        needed_bytes: u64,
+        /// Bytes that are in use already.
+        used_bytes: u64,
+        /// Bytes that may be used.
+        limit_bytes: u64,
+    },
+    /// The model cannot generate text (an embedding model, an encoder).
+    #[error("`{name}` does not generate text: it is an encoder or an embedding model")]
+    NotGenerative {
+        /// The model.
+        name: String,
+    },
+    /// A setting does not fit the model or another setting.
+    #[error("`{name}` {problem}")]
+    Setting {
+        /// The setting.
+        name: &'static str,
+        /// What is wrong, with limit and value.
+        problem: String,
+    },
+    /// The progress callback stopped the load.
+    #[error("loading was cancelled")]
+    Cancelled,
+    /// The system refused a thread.
+    #[error("cannot start the engine thread")]
+    Thread(#[from] std::io::Error),
+}

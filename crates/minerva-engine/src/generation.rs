@@ -1,0 +1,239 @@
+//! One accepted request while it runs: its choices, what of their text is out, and its times.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::backend::{SeqId, Tokenizer};
+use crate::decoder::TextDecoder;
+use crate::event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
+use crate::request::{Request, TokenId};
+use crate::sampler::{SampleError, Sampled, Sampler};
+
+/// A request that was checked and tokenized.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) prompt: Vec<TokenId>,
+    pub(crate) request: Request,
+    pub(crate) max_tokens: u32,
+    pub(crate) seed: u64,
+    pub(crate) submitted: Instant,
+    pub(crate) events: UnboundedSender<Event>,
+}
+
+/// One continuation of a request.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    index: u32,
+    sampler: Sampler,
+    decoder: TextDecoder,
+    /// Tokens whose text is not out yet, each with the offset of its first byte in the choice's bytes.
+    held: VecDeque<(usize, TokenInfo)>,
+    n_bytes: usize,
+    n_generated: u32,
+    finished: bool,
+}
+
+/// A request that has, or waits for, its sequences.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    events: UnboundedSender<Event>,
+    stops: Vec<String>,
+    banned: Vec<TokenId>,
+    n_logprobs: Option<usize>,
+    max_tokens: u32,
+    n_prompt: u32,
+    n_cached: u32,
+    seqs: Vec<SeqId>,
+    choices: Vec<Choice>,
+    submitted: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+impl Generation {
+    pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize) -> Self {
+        let Accepted { prompt, request, max_tokens, seed, submitted, events } = accepted;
+        let choices = (0..request.n).map(|index| {
+            let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)));
+            prompt.iter().for_each(|&token| sampler.accept(token));
+            Choice {
+                index,
+                sampler,
+                decoder: TextDecoder::new(&request.stop),
+                held: VecDeque::new(),
+                n_bytes: 0,
+                n_generated: 0,
+                finished: false,
+            }
+        });
+        Self {
+            choices: choices.collect(),
+            stops: request.stop.clone(),
+            events,
+            banned: if request.ignore_eos { tokenizer.end_of_generation().to_vec() } else { Vec::new() },
+            n_logprobs: request.logprobs.map(|n| n as usize),
+            max_tokens,
+            n_prompt: prompt.len() as u32,
+            n_cached: 0,
+            seqs: Vec::new(),
+            submitted,
+            started: None,
+            first_token: None,
+        }
+    }
+
+    /// The request got its sequences, one per choice.
+    pub(crate) fn start(&mut self, seqs: Vec<SeqId>, n_cached: u32, now: Instant) {
+        self.seqs = seqs;
+        self.n_cached = n_cached;
+        self.started = Some(now);
+    }
+
+    /// The prefix that was to be reused had to be computed after all.
+    pub(crate) fn nothing_cached(&mut self) {
+        self.n_cached = 0;
+    }
+
+    pub(crate) fn n_prompt(&self) -> usize {
+        self.n_prompt as usize
+    }
+
+    pub(crate) fn n_cached(&self) -> u32 {
+        self.n_cached
+    }
+
+    /// The sequences of choices that still run.
+    pub(crate) fn running_seqs(&self) -> impl Iterator<Item = SeqId> {
+        self.seqs.iter().zip(&self.choices).filter(|(_, choice)| !choice.finished).map(|(&seq, _)| seq)
+    }
+
+    /// Samples the next token of the choice in `seq` and sends what of its text can go out.
+    ///
+    /// # Errors
+    /// [`SampleError`] when the scores are unusable; the request cannot go on.
+    pub(crate) fn advance(
+        &mut self,
+        seq: SeqId,
+        logits: &[f32],
+        tokenizer: &dyn Tokenizer,
+        now: Instant,
+    ) -> Result<Advance, SampleError> {
+        let Some(at) = self.seqs.iter().position(|&own| own == seq) else { return Ok(Advance::Finished) };
+        let choice = &mut self.choices[at];
+        let sampled = choice.sampler.sample(logits, &self.banned, self.n_logprobs)?;
+        choice.sampler.accept(sampled.token);
+        choice.n_generated += 1;
+        self.first_token.get_or_insert(now);
+
+        let token = sampled.token;
+        let mut delta = Delta { choice: choice.index, ..Delta::default() };
+        let mut end = None;
+        if tokenizer.is_end_of_generation(token) {
+            end = Some((FinishReason::Stop, None));
+        } else if let Some(stop) = choice.take(sampled, tokenizer, &mut delta) {
+            end = Some((FinishReason::Stop, Some(self.stops[stop].clone())));
+        } else if choice.n_generated >= self.max_tokens {
+            end = Some((FinishReason::Length, None));
+        }
+        if let Some((_, None)) = end {
+            choice.flush(&mut delta);
+        }
+        let mut heard = true;
+        if !delta.text.is_empty() || !delta.tokens.is_empty() {
+            heard = self.events.send(Event::Delta(delta)).is_ok();
+        }
+        if let Some((reason, stop)) = end {
+            choice.finished = true;
+            let _ = self.events.send(Event::Finished { choice: choice.index, reason, stop });
+            return Ok(Advance::Finished);
+        }
+        Ok(if heard { Advance::Continues(token) } else { Advance::NobodyListens })
+    }
+
+    /// Whether every choice is complete.
+    pub(crate) fn is_done(&self) -> bool {
+        self.choices.iter().all(|choice| choice.finished)
+    }
+
+    /// Sends the last event.
+    pub(crate) fn finish(&self, now: Instant) -> Summary {
+        let ms = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.duration_since(from).as_secs_f64() * 1e3,
+            _ => 0.0,
+        };
+        let summary = Summary {
+            prompt_tokens: self.n_prompt,
+            cached_tokens: self.n_cached,
+            completion_tokens: self.choices.iter().map(|choice| choice.n_generated).sum(),
+            queue_ms: ms(Some(self.submitted), self.started),
+            prefill_ms: ms(self.started, self.first_token),
+            decode_ms: ms(self.first_token, Some(now)),
+        };
+        let _ = self.events.send(Event::Done(summary));
+        summary
+    }
+
+    /// Sends the error that ends the request.
+    pub(crate) fn fail(&self, error: GenerationError) {
+        let _ = self.events.send(Event::Failed(error));
+    }
+}
+
+/// What became of a choice after one more token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Advance {
+    /// The token is to be computed next.
+    Continues(TokenId),
+    /// The choice is complete.
+    Finished,
+    /// The caller dropped the event stream.
+    NobodyListens,
+}
+
+impl Choice {
+    /// Takes a token's bytes and moves what can go out into `delta`. Returns which stop text was completed, if one was.
+    fn take(&mut self, sampled: Sampled, tokenizer: &dyn Tokenizer, delta: &mut Delta) -> Option<usize> {
+        let info = token_info(sampled, tokenizer);
+        let hit = self.decoder.push(&info.bytes, &mut delta.text);
+        let start = self.n_bytes;
+        self.n_bytes += info.bytes.len();
+        self.held.push_back((start, info));
+        let released = self.decoder.n_released_bytes();
+        self.release(released, delta);
+        hit.map(|hit| hit.stop)
+    }
+
+    /// Nothing follows: what was held back for a character or a stop text goes out.
+    fn flush(&mut self, delta: &mut Delta) {
+        self.decoder.finish(&mut delta.text);
+        self.release(usize::MAX, delta);
+    }
+
+    /// Moves the tokens that begin before `offset` into `delta`. Tokens without text go with the one before them.
+    fn release(&mut self, offset: usize, delta: &mut Delta) {
+        while let Some((start, info)) = self.held.front() {
+            if *start >= offset && !(info.bytes.is_empty() && *start <= offset) {
+                break;
+            }
+            if let Some((_, info)) = self.held.pop_front() {
+                delta.tokens.push(info);
+            }
+        }
+    }
+}
+
+fn token_info(sampled: Sampled, tokenizer: &dyn Tokenizer) -> TokenInfo {
+    let bytes_of = |token| {
+        let mut bytes = Vec::new();
+        tokenizer.token_bytes(token, &mut bytes);
+        bytes
+    };
+    TokenInfo {
+        id: sampled.token,
+        bytes: bytes_of(sampled.token),
+        logprob: sampled.logprob,
+        top: sampled.top.into_iter().map(|(id, logprob)| TopToken { id, bytes: bytes_of(id), logprob }).collect(),
+    }
+}

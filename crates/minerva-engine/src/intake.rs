@@ -1,0 +1,151 @@
+//! From a request to a checked, tokenized job, on a thread of its own: templates and tokenizers never hold up the engine
+//! thread or the caller's executor.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::backend::{BackendLimits, Tokenizer};
+use crate::decoder::validate_stops;
+use crate::engine::Inner;
+use crate::error::RequestError;
+use crate::generation::Accepted;
+use crate::request::{Prompt, Request, TokenId};
+use crate::sampler::InvalidParam;
+use crate::shared::QueueLimits;
+use crate::stream::EventStream;
+use crate::worker::Command;
+
+/// Most alternatives per token that can be reported.
+pub const MAX_LOGPROBS: u32 = 100;
+
+/// What the intake thread is asked to do.
+pub(crate) enum Task {
+    /// Accept or refuse a request.
+    Generate {
+        request: Box<Request>,
+        submitted: Instant,
+        engine: Arc<Inner>,
+        answer: oneshot::Sender<Result<EventStream, RequestError>>,
+    },
+    /// Tokenize a text for its own sake.
+    Tokenize { text: String, add_special: bool, answer: oneshot::Sender<Result<Vec<TokenId>, RequestError>> },
+}
+
+/// What requests are checked against.
+#[derive(Clone)]
+pub(crate) struct Intake {
+    pub(crate) tokenizer: Arc<dyn Tokenizer>,
+    pub(crate) limits: BackendLimits,
+    /// The most tokens of one request, prompt and answer together.
+    pub(crate) n_ctx: usize,
+    pub(crate) queue: QueueLimits,
+}
+
+impl Intake {
+    pub(crate) fn run(&self, tasks: &Receiver<Task>) {
+        while let Ok(task) = tasks.recv() {
+            // A send fails when the caller has left: then the stream is dropped here, which cancels the request.
+            match task {
+                Task::Generate { request, submitted, engine, answer } => {
+                    let _ = answer.send(self.accept(*request, submitted, engine));
+                }
+                Task::Tokenize { text, add_special, answer } => {
+                    let _ = answer.send(self.tokenizer.tokenize(&text, add_special, false));
+                }
+            }
+        }
+    }
+
+    fn accept(&self, request: Request, submitted: Instant, engine: Arc<Inner>) -> Result<EventStream, RequestError> {
+        self.check_params(&request)?;
+        let prompt = self.tokens(&request.prompt)?;
+        if prompt.is_empty() {
+            return Err(RequestError::EmptyPrompt);
+        }
+        // One cell stays for the answer.
+        if prompt.len() >= self.n_ctx {
+            return Err(RequestError::ContextLength { n_prompt_tokens: prompt.len(), n_ctx: self.n_ctx });
+        }
+        let room = (self.n_ctx - prompt.len()) as u32;
+        let max_tokens = request.max_tokens.map_or(room, |max_tokens| max_tokens.min(room));
+        self.check_pool(&request, prompt.len(), max_tokens)?;
+        if engine.is_closed() {
+            return Err(RequestError::ShuttingDown);
+        }
+        let n_prompt = prompt.len();
+        engine.shared().join_queue(n_prompt, self.queue)?;
+        let (events, receiver) = mpsc::unbounded_channel();
+        let seed = request.sampling.seed.unwrap_or_else(random_seed);
+        let id = engine.next_id();
+        engine.send(Command::Submit(id, Box::new(Accepted { prompt, request, max_tokens, seed, submitted, events })));
+        Ok(EventStream::new(id, n_prompt as u32, receiver, engine))
+    }
+
+    fn check_params(&self, request: &Request) -> Result<(), RequestError> {
+        let n_seq_max = self.limits.n_seq_max;
+        if !(1..=n_seq_max).contains(&request.n) {
+            return Err(InvalidParam::new("n", request.n, format!("between 1 and {n_seq_max}")).into());
+        }
+        if request.max_tokens == Some(0) {
+            return Err(InvalidParam::new("max_tokens", 0, "at least 1").into());
+        }
+        if let Some(k) = request.logprobs.filter(|&k| k > MAX_LOGPROBS) {
+            return Err(InvalidParam::new("top_logprobs", k, format!("at most {MAX_LOGPROBS}")).into());
+        }
+        validate_stops(&request.stop)?;
+        request.sampling.validate(self.limits.n_vocab)?;
+        Ok(())
+    }
+
+    /// With one pool of cells all choices of a request have to fit into it together.
+    fn check_pool(&self, request: &Request, n_prompt: usize, max_tokens: u32) -> Result<(), RequestError> {
+        let n_cells = self.limits.n_cells as usize;
+        let needed = (n_prompt + max_tokens as usize) * request.n as usize;
+        if self.limits.unified && needed > n_cells {
+            let allowed = format!("small enough for {n_cells} cells: each choice may need {}", needed / request.n as usize);
+            return Err(InvalidParam::new("n", request.n, allowed).into());
+        }
+        Ok(())
+    }
+
+    fn tokens(&self, prompt: &Prompt) -> Result<Vec<TokenId>, RequestError> {
+        match prompt {
+            Prompt::Text(text) => {
+                self.check_bytes(text.len())?;
+                self.tokenizer.tokenize(text, true, false)
+            }
+            Prompt::Chat(messages) => {
+                self.check_bytes(messages.iter().map(|message| message.content.len()).sum())?;
+                let text = self.tokenizer.render_chat(messages)?;
+                self.check_bytes(text.len())?;
+                self.tokenizer.tokenize(&text, true, true)
+            }
+            Prompt::Tokens(tokens) => {
+                let n_vocab = self.limits.n_vocab;
+                let outside = |&&token: &&TokenId| usize::try_from(token).map_or(true, |token| token >= n_vocab);
+                match tokens.iter().find(outside) {
+                    Some(&token) => Err(RequestError::UnknownToken { token, n_vocab }),
+                    None => Ok(tokens.clone()),
+                }
+            }
+        }
+    }
+
+    /// A text that is too long even if every token were the longest one is refused before the work of tokenizing it.
+    fn check_bytes(&self, n_bytes: usize) -> Result<(), RequestError> {
+        let n_prompt_tokens = n_bytes / self.tokenizer.max_token_bytes().max(1);
+        if n_prompt_tokens >= self.n_ctx {
+            return Err(RequestError::ContextLength { n_prompt_tokens, n_ctx: self.n_ctx });
+        }
+        Ok(())
+    }
+}
+
+/// A seed that differs from request to request; the standard library's hasher keys come from the system's generator.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(Instant::now())
+}

@@ -1,0 +1,48 @@
+//! Turns requests into tokens: admission, continuous batching, KV-cache bookkeeping, sampling, streaming.
+//!
+//! Callers hand a [`Request`] to an [`Engine`] and read [`Event`]s from an [`EventStream`]. HTTP lives above this crate;
+//! tensors and device memory live below it, behind [`backend::Backend`]. Requests and events are plain data.
+//! Start with [`Engine::generate`], then [`scheduler`], which is pure and decides everything; the rest serves it.
+//! [`sim`] runs the engine without a model. [`compat`] is the callback style of the GPU guide.
+//!
+//! # Threads
+//! One engine thread owns the backend (`worker`). One intake thread renders templates and tokenizes (`intake`). Whoever
+//! calls only sends and receives. Any executor will do, and none is needed: see [`Engine::generate_blocking`].
+//!
+//! # Invariants
+//! - Every accepted request gets exactly one last event: [`Event::Done`] or [`Event::Failed`].
+//! - Dropping the event stream frees the request's cells before the next step begins.
+//! - A sequence is reused only for a prompt that begins with the very tokens it holds.
+#![forbid(unsafe_code)]
+
+mod config; // modules in reading order
+mod engine;
+mod error;
+mod event;
+mod request;
+mod status;
+mod stream;
+
+mod generation;
+mod intake;
+mod shared;
+mod worker;
+
+pub mod backend;
+pub mod compat;
+pub mod decoder;
+mod llama;
+pub mod sampler;
+pub mod scheduler;
+pub mod sim;
+
+pub use config::{EngineConfig, FlashAttention, KvType};
+pub use engine::Engine;
+pub use error::{LoadError, RequestError};
+pub use event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
+pub use intake::MAX_LOGPROBS;
+pub use request::{ChatMessage, Prompt, Request, TokenId};
+pub use sampler::{InvalidParam, SamplingParams};
+pub use sim::SimConfig;
+pub use status::{BuildInfo, DeviceMemory, EngineStats, LoadProgress, ModelInfo, Placement};
+pub use stream::EventStream;

@@ -1,0 +1,76 @@
+//! The engine's backend trait over one llama.cpp context.
+
+use minerva_llama::{Batch, Context, DecodeError, DeviceBytes};
+
+use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
+
+/// A context and the batch that is filled anew for each step.
+pub(crate) struct LlamaBackend {
+    context: Context,
+    batch: Batch,
+    n_ubatch: u32,
+}
+
+impl LlamaBackend {
+    pub(crate) fn new(context: Context) -> Self {
+        let batch = Batch::new(&context);
+        Self { n_ubatch: context.n_batch(), context, batch }
+    }
+
+    /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.
+    pub(crate) fn warm_up(&mut self) {
+        let token = self.context.model().bos().unwrap_or(0);
+        let row = Row { seq: 0, token, pos: 0, output: true };
+        if let Err(error) = self.decode(&[row]) {
+            tracing::warn!("the warm-up step failed: {error}");
+        }
+        self.truncate(0, 0);
+    }
+
+    pub(crate) fn memory_bytes(&self) -> Vec<DeviceBytes> {
+        self.context.memory_bytes().unwrap_or_default()
+    }
+}
+
+impl Backend for LlamaBackend {
+    fn limits(&self) -> BackendLimits {
+        BackendLimits {
+            n_seq_max: self.context.n_seq_max(),
+            n_cells_per_seq: self.context.n_ctx_seq(),
+            n_cells: self.context.n_ctx(),
+            unified: self.context.kv_unified(),
+            n_batch: self.context.n_batch(),
+            n_ubatch: self.n_ubatch,
+            n_vocab: self.context.model().n_vocab(),
+        }
+    }
+
+    fn decode(&mut self, rows: &[Row]) -> Result<(), StepError> {
+        self.batch.clear();
+        for row in rows {
+            self.batch
+                .push(row.token, row.pos, row.seq, row.output)
+                .map_err(|error| StepError { cache_unchanged: true, message: error.to_string() })?;
+        }
+        self.context.decode(&mut self.batch).map_err(|error: DecodeError| StepError {
+            cache_unchanged: error.cache_unchanged(),
+            message: error.to_string(),
+        })
+    }
+
+    fn logits(&self, i: usize) -> Option<&[f32]> {
+        self.context.logits(i)
+    }
+
+    fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
+        let cut = self.context.truncate_seq(seq, n_tokens).unwrap_or(false);
+        if !cut && n_tokens > 0 {
+            let _ = self.context.clear_seq(seq); // the sequence exists, and emptying it never fails
+        }
+        cut
+    }
+
+    fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool {
+        self.context.copy_seq(src, dst, n_tokens).unwrap_or(false)
+    }
+}

@@ -1,0 +1,125 @@
+//! Loading through llama.cpp: where the model goes, the load itself, and what to say about it afterwards.
+
+mod backend;
+mod placement;
+mod tokenizer;
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use minerva_gpu::BuildBackends;
+use minerva_llama::{Context, Model};
+
+use self::backend::LlamaBackend;
+use self::placement::Plan;
+use self::tokenizer::LlamaTokenizer;
+use crate::backend::Loaded;
+use crate::config::EngineConfig;
+use crate::error::LoadError;
+use crate::status::{BuildInfo, DeviceMemory, LoadProgress, ModelInfo, Placement};
+
+type Report<'a> = dyn FnMut(&LoadProgress) -> ControlFlow<()> + 'a;
+
+/// Plans, loads, warms up. A GPU that has no room gives way to the CPU where the configuration allows it.
+pub(crate) fn load(config: &EngineConfig, report: &mut Report<'_>) -> Result<(Loaded, ModelInfo), LoadError> {
+    progress(report, "plan", 0.0)?;
+    let plan = placement::plan(config, build_backends())?;
+    let on_gpu = plan.n_gpu_layers() > 0;
+    match load_plan(config, &plan, report) {
+        Err(error) if on_gpu && config.fallback_to_cpu && !matches!(error, LoadError::Cancelled) => {
+            tracing::warn!("GPU OOM, falling back to CPU");
+            let mut plan = placement::plan_cpu(config)?;
+            plan.placement.reason = format!("the load on the GPU failed: {}", root_cause(&error));
+            load_plan(config, &plan, report)
+        }
+        result => result,
+    }
+}
+
+fn load_plan(config: &EngineConfig, plan: &Plan, report: &mut Report<'_>) -> Result<(Loaded, ModelInfo), LoadError> {
+    tracing::debug!("Loading model with gpu_layers={}", plan.n_gpu_layers());
+    let weights = &mut |fraction: f32| match progress(report, "weights", 0.05 + 0.85 * fraction) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    };
+    let model = Model::load(&config.model_path, &plan.model, weights)?;
+    if !model.is_generative() {
+        return Err(LoadError::NotGenerative { name: config.model_name() });
+    }
+    progress(report, "context", 0.9)?;
+    let tokenizer = LlamaTokenizer::new(&model, config.chat_template.as_deref())?;
+    let context = Context::new(&model, &plan.context)?;
+    let has_chat_template = tokenizer.has_chat_template();
+    let context_length_tokens = plan.context_length_tokens.min(context.n_ctx_seq());
+    let mut backend = LlamaBackend::new(context);
+    progress(report, "warm-up", 0.95)?;
+    backend.warm_up();
+    progress(report, "ready", 1.0)?;
+    let info = ModelInfo {
+        name: config.model_name(),
+        description: model.description(),
+        n_params: model.n_params(),
+        size_bytes: model.size_bytes(),
+        n_layers: model.n_layers(),
+        n_vocab: model.n_vocab() as u32,
+        context_train_tokens: model.context_train_tokens(),
+        context_length_tokens,
+        n_seq_max: plan.context.n_seq_max,
+        n_cells: plan.context.n_ctx,
+        has_chat_template,
+        placement: Placement { memory: measured(&plan.placement.memory, &backend), ..plan.placement.clone() },
+    };
+    Ok((Loaded { backend: Box::new(backend), tokenizer: Arc::new(tokenizer) }, info))
+}
+
+/// The plan's bytes replaced by those that the context really has.
+fn measured(planned: &[DeviceMemory], backend: &LlamaBackend) -> Vec<DeviceMemory> {
+    let real = backend.memory_bytes();
+    let mut memory = planned.to_vec();
+    for device in &mut memory {
+        if let Some(real) = real.iter().find(|real| real.device == device.device) {
+            device.weights_bytes = real.weights_bytes;
+            device.kv_bytes = real.kv_bytes;
+            device.compute_bytes = real.compute_bytes;
+        }
+    }
+    memory
+}
+
+fn progress(report: &mut Report<'_>, stage: &str, fraction: f32) -> Result<(), LoadError> {
+    match report(&LoadProgress { stage: stage.to_owned(), fraction }) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(LoadError::Cancelled),
+    }
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+/// The GPU backends that this build of llama.cpp has, whether or not it finds a device for them.
+pub(crate) fn build_backends() -> BuildBackends {
+    let has = |prefix: &str| minerva_llama::devices().iter().any(|device| device.name.starts_with(prefix));
+    BuildBackends {
+        cuda: cfg!(feature = "cuda") || has("CUDA"),
+        metal: cfg!(any(feature = "metal", target_os = "macos")) || has("MTL") || has("Metal"),
+        vulkan: cfg!(feature = "vulkan") || has("Vulkan"),
+    }
+}
+
+/// What this build is.
+pub(crate) fn build_info() -> BuildInfo {
+    let build = build_backends();
+    let backends = [("cuda", build.cuda), ("metal", build.metal), ("vulkan", build.vulkan), ("cpu", true)];
+    BuildInfo {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        llama_cpp: minerva_llama::version(),
+        backends: backends.iter().filter(|(_, there)| *there).map(|(name, _)| (*name).to_owned()).collect(),
+        cpu_features: minerva_llama::cpu_features(),
+        compiler: format!("{} (AMX code {})", minerva_llama::compiler(), minerva_llama::amx_state()),
+    }
+}

@@ -1,0 +1,342 @@
+//! The sampler as a whole against a plain reference: full sorts, `f64`, one stage after the other.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const NEG_INF: f32 = f32::NEG_INFINITY;
+
+/// All filters off, temperature 1: the model's own distribution.
+fn plain() -> SamplingParams {
+    SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..SamplingParams::default() }
+}
+
+/// Logits with a head and a body, by a fixed recipe.
+fn row(n_vocab: usize, seed: u64) -> Vec<f32> {
+    let mut rng = SplitMix64::new(seed);
+    (0..n_vocab).map(|_| ((0..4).map(|_| rng.uniform()).sum::<f64>() * 6.0 - 12.0) as f32).collect()
+}
+
+/// The tokens that the filters leave, by ascending id.
+fn kept(params: &SamplingParams, logits: &[f32]) -> Vec<TokenId> {
+    let mut scratch = Scratch::default();
+    let row = Row::new(logits, &[]);
+    let top = row.find_maxima(&mut scratch.maxima);
+    if !filter(row, top, params, &scratch.maxima, &mut scratch.blocks, &mut scratch.candidates) {
+        row.gather(NEG_INF, &scratch.maxima, &mut scratch.candidates.list);
+    }
+    scratch.candidates.list.iter().map(|candidate| candidate.token).collect()
+}
+
+/// What [`kept`] must be. `None` where a stage comes so close to its limit that rounding may decide.
+fn kept_by_reference(params: &SamplingParams, logits: &[f32]) -> Option<Vec<TokenId>> {
+    const CLOSE: f64 = 1e-5;
+    let mut tokens: Vec<(TokenId, f64)> = (0..).zip(logits.iter().map(|logit| f64::from(*logit))).collect();
+    tokens.retain(|(_, logit)| logit.is_finite());
+    tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    if params.top_k > 0 {
+        tokens.truncate(params.top_k as usize);
+    }
+    if params.typical_p < 1.0 {
+        let surprise: Vec<f64> = probabilities(&tokens, 1.0).iter().map(|p| -p.ln()).collect();
+        let entropy: f64 = surprise.iter().map(|s| s * (-s).exp()).sum();
+        let mut order: Vec<(f64, f64, (TokenId, f64))> =
+            surprise.iter().zip(&tokens).map(|(s, token)| ((s - entropy).abs(), (-s).exp(), *token)).collect();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.2.0.cmp(&b.2.0)));
+        let is_close = |a: &(f64, f64, (TokenId, f64)), b: &(f64, f64, (TokenId, f64))| {
+            a.2.1.to_bits() != b.2.1.to_bits() && (a.0 - b.0).abs() < CLOSE
+        };
+        if order.windows(2).any(|pair| is_close(&pair[0], &pair[1])) {
+            return None;
+        }
+        // Equal logits are equally far from the entropy, whatever rounding said above.
+        order.sort_by(|a, b| if (a.0 - b.0).abs() < CLOSE { a.2.0.cmp(&b.2.0) } else { a.0.total_cmp(&b.0) });
+        let n = prefix(order.iter().map(|entry| entry.1), params.typical_p, CLOSE)?;
+        tokens = order[..n].iter().map(|entry| entry.2).collect();
+        tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    }
+    if params.top_p < 1.0 {
+        let n = prefix(probabilities(&tokens, 1.0).into_iter(), params.top_p, CLOSE)?;
+        tokens.truncate(n);
+    }
+    if params.min_p > 0.0 {
+        let ratio = |logit: f64| (logit - tokens[0].1).exp() / f64::from(params.min_p);
+        if tokens.iter().any(|token| (ratio(token.1) - 1.0).abs() < CLOSE) {
+            return None;
+        }
+        let n = tokens.iter().take_while(|token| ratio(token.1) >= 1.0).count();
+        tokens.truncate(n.max(1));
+    }
+    let mut ids: Vec<TokenId> = tokens.iter().map(|token| token.0).collect();
+    ids.sort_unstable();
+    Some(ids)
+}
+
+/// How many of `probabilities` it takes to reach `p`; `None` if a running sum is close to it.
+fn prefix(probabilities: impl Iterator<Item = f64>, p: f32, close: f64) -> Option<usize> {
+    let (mut sum, mut n) = (0.0, 0);
+    for probability in probabilities {
+        sum += probability;
+        n += 1;
+        if (sum - f64::from(p)).abs() < close {
+            return None;
+        }
+        if sum > f64::from(p) {
+            break;
+        }
+    }
+    Some(n)
+}
+
+fn probabilities(tokens: &[(TokenId, f64)], temperature: f64) -> Vec<f64> {
+    let top = tokens.iter().map(|token| token.1).fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = tokens.iter().map(|token| ((token.1 - top) / temperature).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / total).collect()
+}
+
+/// Rows over several blocks: few distinct values, so that ties are everywhere, or many; some tokens are impossible.
+fn any_row() -> impl Strategy<Value = Vec<f32>> {
+    let tied = (-40..40_i32).prop_map(|steps| steps as f32 * 0.25);
+    let distinct = (-12.0..12.0_f32).boxed();
+    let impossible = prop_oneof![Just(NEG_INF), Just(f32::NAN)];
+    let logit = prop_oneof![4 => tied, 4 => distinct, 1 => impossible];
+    prop::collection::vec(logit, 1..400).prop_map(|mut row| {
+        let n = row.len();
+        row[n / 2] = 12.5; // at least one possible token
+        row
+    })
+}
+
+fn any_filters() -> impl Strategy<Value = SamplingParams> {
+    let top_k = prop_oneof![Just(0), 1..20_i32, 20..500_i32];
+    let top_p = prop_oneof![Just(1.0), 0.0..1.0_f32, 0.9..1.0_f32];
+    let min_p = prop_oneof![Just(0.0), 0.0..1.0_f32, 0.0..0.01_f32];
+    let typical_p = prop_oneof![2 => Just(1.0), 1 => 0.0..1.0_f32];
+    (top_k, top_p, min_p, typical_p).prop_map(|(top_k, top_p, min_p, typical_p)| SamplingParams {
+        top_k,
+        top_p,
+        min_p,
+        typical_p,
+        ..plain()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest_logits(row in any_row(), banned in prop::collection::vec(0..400, 0..4)) {
+        let mut expected: Option<(TokenId, f32)> = None;
+        for (token, &logit) in (0..).zip(&row) {
+            let is_possible = logit > NEG_INF && !banned.contains(&token);
+            if is_possible && expected.is_none_or(|best| logit > best.1) {
+                expected = Some((token, logit));
+            }
+        }
+        let mut sampler = Sampler::new(&SamplingParams::greedy(), row.len(), 0);
+        let chosen = sampler.sample(&row, &banned, None).ok().map(|sampled| sampled.token);
+        prop_assert_eq!(chosen, expected.map(|best| best.0));
+    }
+
+    #[test]
+    fn the_filters_keep_what_the_reference_keeps(row in any_row(), params in any_filters()) {
+        if let Some(expected) = kept_by_reference(&params, &row) {
+            prop_assert_eq!(kept(&params, &row), expected);
+        }
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_unmodified_row(row in any_row(), n_top in 0..30_usize) {
+        let params = SamplingParams { logit_bias: vec![(0, -3.0)], ..SamplingParams::default() };
+        let sampled = Sampler::new(&params, row.len(), 1).sample(&row, &[], Some(n_top)).expect("has a candidate");
+        let mut tokens: Vec<(TokenId, f64)> = (0..).zip(row.iter().map(|logit| f64::from(*logit))).collect();
+        tokens.retain(|token| token.1.is_finite());
+        tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let expected: Vec<(TokenId, f64)> =
+            tokens.iter().zip(probabilities(&tokens, 1.0)).map(|(token, p)| (token.0, p.ln())).collect();
+        prop_assert_eq!(sampled.top.len(), n_top.min(expected.len()));
+        for (given, expected) in sampled.top.iter().zip(&expected) {
+            prop_assert_eq!(given.0, expected.0);
+            prop_assert!((f64::from(given.1) - expected.1).abs() < 1e-4);
+        }
+        let chosen = expected.iter().find(|entry| entry.0 == sampled.token).expect("finite").1;
+        prop_assert!((f64::from(sampled.logprob.expect("asked for")) - chosen).abs() < 1e-4);
+    }
+
+    #[test]
+    fn no_parameters_and_no_row_make_the_sampler_panic(
+        bits in prop::collection::vec(any::<u32>(), 0..200),
+        params in any_filters(),
+        temperature in prop_oneof![Just(0.0), Just(f32::MIN_POSITIVE / 4.0), Just(100.0), 0.0..2.0_f32],
+        n_top in prop::option::of(0..300_usize),
+        banned in prop::collection::vec(any::<i32>(), 0..3),
+    ) {
+        let row: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+        let params = SamplingParams { temperature, repeat_penalty: 1.5, repeat_last_n: -1, ..params };
+        let mut sampler = Sampler::new(&params, row.len(), 3);
+        sampler.accept(-1);
+        sampler.accept(5);
+        if let Ok(sampled) = sampler.sample(&row, &banned, n_top) {
+            prop_assert!(row[sampled.token as usize] > NEG_INF);
+        }
+    }
+}
+
+/// Draws from `logits` many times and compares the counts with the exact probabilities.
+fn assert_draws_follow_the_distribution(params: &SamplingParams, logits: &[f32], seed: u64) {
+    const N_DRAWS: usize = 40_000;
+    let ids = kept_by_reference(params, logits).expect("a row without close calls");
+    let tokens: Vec<(TokenId, f64)> = ids.iter().map(|id| (*id, f64::from(logits[*id as usize]))).collect();
+    let expected = probabilities(&tokens, f64::from(params.temperature));
+
+    let mut counts = vec![0_u32; logits.len()];
+    let mut sampler = Sampler::new(params, logits.len(), seed);
+    for _ in 0..N_DRAWS {
+        counts[sampler.sample(logits, &[], None).expect("has candidates").token as usize] += 1;
+    }
+    let drawn: u32 = ids.iter().map(|id| counts[*id as usize]).sum();
+    assert_eq!(drawn as usize, N_DRAWS, "a token was drawn that the filters drop");
+
+    // Pearson's statistic; cells expecting fewer than 5 draws are merged into one.
+    let (mut chi2, mut n_cells, mut rest) = (0.0, 0, (0.0, 0.0));
+    for (token, p) in tokens.iter().zip(&expected) {
+        let (mean, count) = (p * N_DRAWS as f64, f64::from(counts[token.0 as usize]));
+        if mean < 5.0 {
+            rest = (rest.0 + mean, rest.1 + count);
+        } else {
+            chi2 += (count - mean).powi(2) / mean;
+            n_cells += 1;
+        }
+    }
+    if rest.0 >= 5.0 {
+        chi2 += (rest.1 - rest.0).powi(2) / rest.0;
+        n_cells += 1;
+    }
+    let freedom = f64::from(n_cells - 1);
+    if freedom < 1.0 {
+        return; // one token only, and it was drawn
+    }
+    // Wilson and Hilferty's approximation of the value that chance exceeds once in 100,000 tests.
+    let spread = 2.0 / (9.0 * freedom);
+    let limit = freedom * (1.0 - spread + 4.26 * spread.sqrt()).powi(3);
+    assert!(chi2 <= limit, "chi² {chi2:.1} with {freedom} degrees of freedom for {params:?}");
+}
+
+#[test]
+fn draws_follow_the_exact_distribution_under_every_filter() {
+    let all = [
+        plain(),
+        SamplingParams { temperature: 0.3, ..plain() },
+        SamplingParams { temperature: 2.5, ..plain() },
+        SamplingParams::default(),
+        SamplingParams { top_k: 7, ..plain() },
+        SamplingParams { top_p: 0.9, ..plain() },
+        SamplingParams { min_p: 0.02, ..plain() },
+        SamplingParams { typical_p: 0.7, ..plain() },
+        SamplingParams { top_k: 90, typical_p: 0.9, temperature: 1.7, ..SamplingParams::default() },
+    ];
+    for (seed, params) in (0..).zip(&all) {
+        for n_vocab in [3, 64, 1_000] {
+            assert_draws_follow_the_distribution(params, &row(n_vocab, 11), seed);
+        }
+    }
+}
+
+#[test]
+fn a_penalised_and_biased_row_is_drawn_like_the_same_row_written_out() {
+    let params = SamplingParams {
+        repeat_penalty: 1.3,
+        presence_penalty: 0.5,
+        logit_bias: vec![(3, 2.0), (130, -100.0)],
+        ..plain()
+    };
+    let logits = row(150, 5);
+    let mut written_out = logits.clone();
+    for token in [70, 71, 149] {
+        let logit = &mut written_out[token];
+        *logit = if *logit <= 0.0 { *logit * 1.3 } else { *logit / 1.3 } - 0.5;
+    }
+    written_out[3] += 2.0;
+    written_out[130] = NEG_INF;
+    written_out[8] = NEG_INF; // banned below
+
+    for filters in [plain(), SamplingParams::default(), SamplingParams::greedy()] {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = filters;
+        let mut adjusted = Sampler::new(&SamplingParams { temperature, top_k, top_p, min_p, ..params.clone() }, 150, 9);
+        for token in [70, 149, 71] {
+            adjusted.accept(token);
+        }
+        let mut direct = Sampler::new(&filters, 150, 9);
+        for _ in 0..500 {
+            assert_eq!(adjusted.sample(&logits, &[8], None), direct.sample(&written_out, &[], None));
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_usable_token_fail_that_call_only() {
+    for params in [plain(), SamplingParams::default(), SamplingParams::greedy()] {
+        let mut sampler = Sampler::new(&params, 3, 0);
+        assert_eq!(sampler.sample(&[f32::NAN; 3], &[], None), Err(SampleError::NoCandidate));
+        assert_eq!(sampler.sample(&[NEG_INF; 3], &[], Some(2)), Err(SampleError::NoCandidate));
+        assert_eq!(sampler.sample(&[0.0; 3], &[2, 1, 0], None), Err(SampleError::NoCandidate));
+        assert_eq!(sampler.sample(&[0.0, f32::INFINITY, 0.0], &[], None), Err(SampleError::InfiniteLogit));
+        let wrong = SampleError::WrongLength { given: 2, n_vocab: 3 };
+        assert_eq!(sampler.sample(&[0.0; 2], &[], None), Err(wrong));
+        assert_eq!(sampler.sample(&[f32::NAN, -5.0, NEG_INF], &[], None).expect("token 1 is left").token, 1);
+    }
+    assert_eq!(Sampler::new(&plain(), 0, 0).sample(&[], &[], None), Err(SampleError::NoCandidate));
+}
+
+/// Draws `n` tokens, each accepted, from rows that change with every step.
+fn generate(sampler: &mut Sampler, steps: std::ops::Range<u64>) -> Vec<TokenId> {
+    let mut draw = |step| {
+        let token = sampler.sample(&row(300, step), &[], None).expect("has candidates").token;
+        sampler.accept(token);
+        token
+    };
+    steps.map(&mut draw).collect()
+}
+
+#[test]
+fn a_resumed_sampler_goes_on_as_if_nothing_had_happened() {
+    let penalised = SamplingParams { repeat_last_n: 5, presence_penalty: 8.0, ..SamplingParams::default() };
+    for params in [penalised, plain()] {
+        let mut uninterrupted = Sampler::new(&params, 300, 42);
+        let mut first = uninterrupted.clone();
+        generate(&mut first, 0..20);
+        let json = serde_json::to_string(&first.state()).expect("writes");
+        let mut second = Sampler::resume(serde_json::from_str(&json).expect("reads")).expect("valid");
+        assert_eq!(generate(&mut second, 20..60), generate(&mut uninterrupted, 0..60)[20..]);
+    }
+}
+
+#[test]
+fn a_state_with_broken_parameters_is_refused() {
+    let mut state = Sampler::new(&plain(), 10, 0).state();
+    state.params.top_p = 7.0;
+    state.window = vec![-4, 1_000];
+    assert_eq!(Sampler::resume(state).expect_err("must be refused").param, "top_p");
+}
+
+#[test]
+fn a_seed_gives_these_tokens_on_every_platform() {
+    let mut sampler = Sampler::new(&SamplingParams { top_k: 0, ..SamplingParams::default() }, 300, 1);
+    assert_eq!(generate(&mut sampler, 0..12), [262, 94, 244, 264, 62, 41, 4, 52, 119, 286, 140, 153]);
+    let mut sampler = Sampler::new(&plain(), 300, 1);
+    assert_eq!(generate(&mut sampler, 0..12), [262, 94, 148, 299, 62, 101, 4, 52, 119, 286, 140, 153]);
+}
+
+#[test]
+fn buffers_stop_growing_after_the_first_tokens() {
+    let mut sampler = Sampler::new(&SamplingParams { top_k: 0, ..SamplingParams::default() }, 5_000, 1);
+    let rows: Vec<_> = (0..8).map(|seed| row(5_000, seed)).collect();
+    let mut sizes = Vec::new();
+    for row in rows.iter().cycle().take(32) {
+        sampler.sample(row, &[3], None).expect("has candidates");
+        let Scratch { patches, maxima, blocks, candidates } = &sampler.scratch;
+        sizes.push([patches.capacity(), maxima.capacity(), blocks.capacity(), candidates.list.capacity()]);
+    }
+    assert!(sizes[8..].iter().all(|size| *size == sizes[8]), "{sizes:?}");
+}

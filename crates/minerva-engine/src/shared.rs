@@ -1,0 +1,183 @@
+//! Counters and gauges that the engine thread writes and everybody reads, without locks.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::error::RequestError;
+use crate::status::EngineStats;
+
+/// Numbers that need no order among each other: each is true by itself.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    start: Instant,
+    closed: AtomicBool,
+    cells_total: u64,
+    n_seq_max: u64,
+    queued_requests: AtomicU64,
+    queued_tokens: AtomicU64,
+    running: AtomicU64,
+    cells_used: AtomicU64,
+    cells_cached: AtomicU64,
+    totals: Totals,
+    /// Mean time of a request in microseconds, for Retry-After.
+    request_us: AtomicU64,
+    /// When the running step began, in microseconds since `start`; 0 when none runs.
+    step_began_us: AtomicU64,
+}
+
+/// What only grows.
+#[derive(Debug, Default)]
+struct Totals {
+    prompt_tokens: AtomicU64,
+    cached_tokens: AtomicU64,
+    generated_tokens: AtomicU64,
+    steps: AtomicU64,
+    backend_us: AtomicU64,
+    overhead_us: AtomicU64,
+    cancelled: AtomicU64,
+    failed: AtomicU64,
+    failed_steps: AtomicU64,
+}
+
+/// How many requests and prompt tokens may wait.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct QueueLimits {
+    pub(crate) requests: usize,
+    pub(crate) tokens: usize,
+}
+
+impl Shared {
+    pub(crate) fn new(cells_total: u64, n_seq_max: u64) -> Self {
+        Self {
+            start: Instant::now(),
+            closed: AtomicBool::new(false),
+            cells_total,
+            n_seq_max,
+            queued_requests: AtomicU64::default(),
+            queued_tokens: AtomicU64::default(),
+            running: AtomicU64::default(),
+            cells_used: AtomicU64::default(),
+            cells_cached: AtomicU64::default(),
+            totals: Totals::default(),
+            request_us: AtomicU64::default(),
+            step_began_us: AtomicU64::default(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> EngineStats {
+        let totals = &self.totals;
+        EngineStats {
+            requests_running: self.running.load(Relaxed),
+            requests_queued: self.queued_requests.load(Relaxed),
+            kv_cells_used: self.cells_used.load(Relaxed),
+            kv_cells_cached: self.cells_cached.load(Relaxed),
+            kv_cells_total: self.cells_total,
+            prompt_tokens_total: totals.prompt_tokens.load(Relaxed),
+            cached_tokens_total: totals.cached_tokens.load(Relaxed),
+            generated_tokens_total: totals.generated_tokens.load(Relaxed),
+            steps_total: totals.steps.load(Relaxed),
+            backend_us_total: totals.backend_us.load(Relaxed),
+            overhead_us_total: totals.overhead_us.load(Relaxed),
+            cancelled_total: totals.cancelled.load(Relaxed),
+            failed_total: totals.failed.load(Relaxed),
+            failed_steps_total: totals.failed_steps.load(Relaxed),
+        }
+    }
+
+    /// No new requests from now on.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Relaxed);
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Relaxed)
+    }
+
+    /// Takes a place in the queue; [`left_queue`](Self::left_queue) gives it back.
+    pub(crate) fn join_queue(&self, n_prompt: usize, limits: QueueLimits) -> Result<(), RequestError> {
+        let full = |unit, queued: u64, limit| {
+            Err(RequestError::QueueFull { unit, queued: queued as usize, limit, retry_after_s: self.retry_after_s() })
+        };
+        let requests = self.queued_requests.fetch_add(1, Relaxed);
+        if requests >= limits.requests as u64 {
+            self.queued_requests.fetch_sub(1, Relaxed);
+            return full("requests", requests, limits.requests);
+        }
+        let tokens = self.queued_tokens.fetch_add(n_prompt as u64, Relaxed);
+        // A prompt that is larger than the limit by itself may still be alone in the queue.
+        if tokens > 0 && tokens + n_prompt as u64 > limits.tokens as u64 {
+            self.left_queue(n_prompt);
+            return full("prompt tokens", tokens, limits.tokens);
+        }
+        Ok(())
+    }
+
+    /// A request got its sequences, or left before.
+    pub(crate) fn left_queue(&self, n_prompt: usize) {
+        self.queued_requests.fetch_sub(1, Relaxed);
+        self.queued_tokens.fetch_sub(n_prompt as u64, Relaxed);
+    }
+
+    /// When the queue may have a place again: the mean time of a request over the sequences that work on it.
+    fn retry_after_s(&self) -> u32 {
+        let seconds = self.request_us.load(Relaxed) as f64 / 1e6 / self.n_seq_max.max(1) as f64;
+        (seconds.ceil() as u32).clamp(1, 60)
+    }
+
+    pub(crate) fn learn_duration(&self, seconds: f64) {
+        let before = self.request_us.load(Relaxed) as f64;
+        let sample = seconds * 1e6;
+        let mean = if before == 0.0 { sample } else { before + 0.1 * (sample - before) };
+        self.request_us.store(mean as u64, Relaxed);
+    }
+
+    pub(crate) fn publish(&self, running: u64, cells_used: u64, cells_cached: u64) {
+        self.running.store(running, Relaxed);
+        self.cells_used.store(cells_used, Relaxed);
+        self.cells_cached.store(cells_cached, Relaxed);
+    }
+
+    pub(crate) fn step_begins(&self, now: Instant) {
+        self.step_began_us.store((now.duration_since(self.start).as_micros() as u64).max(1), Relaxed);
+    }
+
+    pub(crate) fn step_ended(&self) {
+        self.step_began_us.store(0, Relaxed);
+    }
+
+    /// How long the step that now runs has been running.
+    pub(crate) fn step_age(&self) -> Option<Duration> {
+        let began = self.step_began_us.load(Relaxed);
+        (began > 0).then(|| self.start.elapsed().saturating_sub(Duration::from_micros(began)))
+    }
+
+    pub(crate) fn count_step(&self, n_prefill: u64, backend_us: u64) {
+        self.totals.steps.fetch_add(1, Relaxed);
+        self.totals.prompt_tokens.fetch_add(n_prefill, Relaxed);
+        self.totals.backend_us.fetch_add(backend_us, Relaxed);
+    }
+
+    pub(crate) fn count_overhead(&self, us: u64) {
+        self.totals.overhead_us.fetch_add(us, Relaxed);
+    }
+
+    pub(crate) fn count_cached(&self, n_tokens: u64) {
+        self.totals.cached_tokens.fetch_add(n_tokens, Relaxed);
+    }
+
+    pub(crate) fn count_generated(&self) {
+        self.totals.generated_tokens.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_cancelled(&self) {
+        self.totals.cancelled.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_failed(&self) {
+        self.totals.failed.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_failed_step(&self) {
+        self.totals.failed_steps.fetch_add(1, Relaxed);
+    }
+}

@@ -1,0 +1,226 @@
+//! The simulator: a backend without a model, for tests of everything above llama.cpp.
+//!
+//! Its vocabulary is the 256 bytes and a few control tokens. What it writes depends on every token of its sequence, so a
+//! cell that belongs to somebody else, a missing one or one in the wrong place changes the text. It keeps the books that
+//! llama.cpp keeps and panics when the engine breaks a rule that llama.cpp would abort on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backend::{Backend, BackendLimits, Loaded, Row, SeqId, StepError, Tokenizer};
+use crate::error::RequestError;
+use crate::request::{ChatMessage, TokenId};
+use crate::status::{ModelInfo, Placement};
+
+/// Ends a generation.
+pub const END: TokenId = 256;
+
+/// Stands before each role in a rendered chat.
+const TURN: TokenId = 257;
+
+/// Stands where the answer begins.
+const ANSWER: TokenId = 258;
+
+const N_VOCAB: usize = 259;
+
+/// How the simulator behaves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SimConfig {
+    /// The model's name.
+    pub model_name: String,
+    /// Sequences.
+    pub n_seq_max: u32,
+    /// The most tokens of one request.
+    pub context_length_tokens: u32,
+    /// One pool of cells for all sequences.
+    pub unified: bool,
+    /// Cells of all sequences; `None` is room for a full context in each.
+    pub n_cells: Option<u32>,
+    /// The most rows of one step.
+    pub n_batch: u32,
+    /// Time that a step takes, in microseconds.
+    pub step_us: u64,
+    /// Time that each row of a step adds, in microseconds.
+    pub us_per_token: u64,
+    /// Length of an answer to a chat, in tokens. Plain prompts are continued without an end.
+    pub answer_tokens: u32,
+    /// Cuts of a sequence fail, as with recurrent memory.
+    pub cannot_cut: bool,
+    /// Every so many steps one fails, with its cells half written.
+    pub fail_every_steps: Option<u64>,
+    /// Requests that may wait.
+    pub max_queued_requests: usize,
+    /// Prompt tokens that may wait.
+    pub max_queued_tokens: usize,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self {
+            model_name: "sim".to_owned(),
+            n_seq_max: 4,
+            context_length_tokens: 1024,
+            unified: false,
+            n_cells: None,
+            n_batch: 256,
+            step_us: 0,
+            us_per_token: 0,
+            answer_tokens: 32,
+            cannot_cut: false,
+            fail_every_steps: None,
+            max_queued_requests: 256,
+            max_queued_tokens: 1 << 20,
+        }
+    }
+}
+
+pub(crate) fn load(config: SimConfig) -> (Loaded, ModelInfo) {
+    let backend = SimBackend::new(config);
+    let limits = backend.limits();
+    let config = &backend.config;
+    let info = ModelInfo {
+        name: config.model_name.clone(),
+        description: "simulator".to_owned(),
+        n_vocab: N_VOCAB as u32,
+        context_train_tokens: config.context_length_tokens,
+        context_length_tokens: config.context_length_tokens,
+        n_seq_max: limits.n_seq_max,
+        n_cells: limits.n_cells,
+        has_chat_template: true,
+        placement: Placement { device: "Cpu".to_owned(), device_name: "simulator".to_owned(), ..Placement::default() },
+        ..ModelInfo::default()
+    };
+    (Loaded { backend: Box::new(backend), tokenizer: Arc::new(SimTokenizer) }, info)
+}
+
+/// Byte-level vocabulary.
+struct SimTokenizer;
+
+impl Tokenizer for SimTokenizer {
+    fn tokenize(&self, text: &str, _add_special: bool, parse_special: bool) -> Result<Vec<TokenId>, RequestError> {
+        let control = |byte| match byte {
+            0x1e if parse_special => TURN,
+            0x1f if parse_special => ANSWER,
+            byte => TokenId::from(byte),
+        };
+        Ok(text.bytes().map(control).collect())
+    }
+
+    fn token_bytes(&self, token: TokenId, out: &mut Vec<u8>) {
+        out.extend(u8::try_from(token));
+    }
+
+    fn is_end_of_generation(&self, token: TokenId) -> bool {
+        token == END
+    }
+
+    fn end_of_generation(&self) -> &[TokenId] {
+        &[END]
+    }
+
+    fn max_token_bytes(&self) -> usize {
+        1
+    }
+
+    fn render_chat(&self, messages: &[ChatMessage]) -> Result<String, RequestError> {
+        let turns = messages.iter().map(|message| format!("\u{1e}{}\n{}", message.role, message.content));
+        Ok(turns.chain(["\u{1f}".to_owned()]).collect())
+    }
+}
+
+/// What one sequence holds.
+#[derive(Debug, Default)]
+struct SimSeq {
+    tokens: Vec<TokenId>,
+}
+
+impl SimSeq {
+    /// The likeliest next token: letters, digits and blanks that depend on everything before.
+    fn next(&self, answer_tokens: u32) -> TokenId {
+        let since_answer = self.tokens.iter().rev().position(|&token| token == ANSWER);
+        if since_answer.is_some_and(|n| n >= answer_tokens as usize) {
+            return END;
+        }
+        let hash = self.tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
+            (hash ^ u64::from(token.cast_unsigned())).wrapping_mul(0x0100_0000_01b3)
+        });
+        let alphabet = b"abcdefghijklmnopqrstuvwxyz  etaoin";
+        TokenId::from(alphabet[((hash >> 32) % alphabet.len() as u64) as usize])
+    }
+}
+
+struct SimBackend {
+    config: SimConfig,
+    seqs: Vec<SimSeq>,
+    /// The scores of each row of the last step that asked for them.
+    rows: Vec<Option<Vec<f32>>>,
+    n_steps: u64,
+}
+
+impl SimBackend {
+    fn new(config: SimConfig) -> Self {
+        let seqs = (0..config.n_seq_max).map(|_| SimSeq::default()).collect();
+        Self { config, seqs, rows: Vec::new(), n_steps: 0 }
+    }
+}
+
+impl Backend for SimBackend {
+    fn limits(&self) -> BackendLimits {
+        let config = &self.config;
+        let n_cells = config.n_cells.unwrap_or(config.context_length_tokens * config.n_seq_max);
+        BackendLimits {
+            n_seq_max: config.n_seq_max,
+            n_cells_per_seq: config.context_length_tokens,
+            n_cells,
+            unified: config.unified,
+            n_batch: config.n_batch,
+            n_ubatch: config.n_batch,
+            n_vocab: N_VOCAB,
+        }
+    }
+
+    fn decode(&mut self, rows: &[Row]) -> Result<(), StepError> {
+        let time_us = self.config.step_us + self.config.us_per_token * rows.len() as u64;
+        if time_us > 0 {
+            std::thread::sleep(Duration::from_micros(time_us));
+        }
+        assert!(rows.len() <= self.config.n_batch as usize, "a step of {} rows", rows.len());
+        self.n_steps += 1;
+        self.rows.clear();
+        for row in rows {
+            let answer_tokens = self.config.answer_tokens;
+            let seq = &mut self.seqs[row.seq as usize];
+            assert_eq!(seq.tokens.len(), row.pos as usize, "sequence {} has a gap", row.seq);
+            assert!(row.pos < self.config.context_length_tokens, "sequence {} is too long", row.seq);
+            seq.tokens.push(row.token);
+            self.rows.push(row.output.then(|| {
+                let mut logits = vec![0.0; N_VOCAB];
+                logits[seq.next(answer_tokens) as usize] = 20.0;
+                logits
+            }));
+        }
+        let held: usize = self.seqs.iter().map(|seq| seq.tokens.len()).sum();
+        assert!(held <= self.limits().n_cells as usize, "{held} cells are in use");
+        if self.config.fail_every_steps.is_some_and(|every| self.n_steps.is_multiple_of(every)) {
+            return Err(StepError { cache_unchanged: false, message: "a simulated fault".to_owned() });
+        }
+        Ok(())
+    }
+
+    fn logits(&self, i: usize) -> Option<&[f32]> {
+        self.rows.get(i)?.as_deref()
+    }
+
+    fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
+        let tokens = &mut self.seqs[seq as usize].tokens;
+        let cut = !self.config.cannot_cut || n_tokens == 0 || n_tokens as usize == tokens.len();
+        tokens.truncate(if cut { n_tokens as usize } else { 0 });
+        cut
+    }
+
+    fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool {
+        assert_ne!(src, dst, "a copy onto itself");
+        self.seqs[dst as usize].tokens = self.seqs[src as usize].tokens.clone();
+        self.truncate(dst, n_tokens)
+    }
+}

@@ -1,0 +1,137 @@
+//! What an engine says about itself: the loaded model, where it runs, and counters. Reading them never waits for a step.
+
+use serde::{Deserialize, Serialize};
+
+/// The loaded model and where it runs; fixed for the life of the engine.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// The name that requests use.
+    pub name: String,
+    /// llama.cpp's description, such as `llama 135M Q4_1`.
+    pub description: String,
+    /// Parameters of the model.
+    pub n_params: u64,
+    /// Bytes of all weights.
+    pub size_bytes: u64,
+    /// Transformer layers.
+    pub n_layers: u32,
+    /// Tokens of the vocabulary.
+    pub n_vocab: u32,
+    /// The context the model was trained for, in tokens.
+    pub context_train_tokens: u32,
+    /// The most tokens that one request may have, prompt and answer together.
+    pub context_length_tokens: u32,
+    /// Sequences that are computed at once.
+    pub n_seq_max: u32,
+    /// KV cells of all sequences.
+    pub n_cells: u32,
+    /// Whether the model has a chat template.
+    pub has_chat_template: bool,
+    /// Where it runs.
+    pub placement: Placement,
+}
+
+/// Where the model runs, how much memory that takes, and why it is so.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Placement {
+    /// `Cpu`, `Cuda` or `Metal`.
+    pub device: String,
+    /// The device's own name.
+    pub device_name: String,
+    /// Layers on the GPU.
+    pub n_gpu_layers: u32,
+    /// Layers that could be there: the model's layers and its output layer.
+    pub n_layers_total: u32,
+    /// Why not more layers are on the GPU, or why this device was chosen.
+    pub reason: String,
+    /// Compute threads for decoding.
+    pub n_threads: u32,
+    /// Compute threads for prompts.
+    pub n_threads_batch: u32,
+    /// Whether flash attention is on, as asked for.
+    pub flash_attention: String,
+    /// Element types of the K and V cache.
+    pub kv_type: String,
+    /// One pool of cells for all sequences, or a stream of cells per sequence.
+    pub kv_unified: bool,
+    /// Whether weights may be repacked for the CPU's matrix units, or why not.
+    pub extra_buffers: String,
+    /// The memory of each device.
+    pub memory: Vec<DeviceMemory>,
+    /// The share of memory that was allowed, in bytes.
+    pub limit_bytes: u64,
+}
+
+/// What the model takes on one device, in bytes, from a load that allocates nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceMemory {
+    /// llama.cpp's name of the device; `Host` is the system's memory.
+    pub device: String,
+    /// Weights.
+    pub weights_bytes: u64,
+    /// KV cache and recurrent state.
+    pub kv_bytes: u64,
+    /// Scratch for one step.
+    pub compute_bytes: u64,
+    /// All memory of the device.
+    pub total_bytes: u64,
+    /// Free memory of the device before the load.
+    pub free_bytes: u64,
+}
+
+/// Counters and gauges of a running engine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineStats {
+    /// Requests with at least one sequence running.
+    pub requests_running: u64,
+    /// Requests that wait for a sequence.
+    pub requests_queued: u64,
+    /// Cells that running sequences hold.
+    pub kv_cells_used: u64,
+    /// Cells that finished sequences left for reuse.
+    pub kv_cells_cached: u64,
+    /// All cells.
+    pub kv_cells_total: u64,
+    /// Prompt tokens computed.
+    pub prompt_tokens_total: u64,
+    /// Prompt tokens whose cells were reused.
+    pub cached_tokens_total: u64,
+    /// Tokens sampled.
+    pub generated_tokens_total: u64,
+    /// Steps submitted to the backend.
+    pub steps_total: u64,
+    /// Time inside the backend, in microseconds.
+    pub backend_us_total: u64,
+    /// Time of the engine thread's own work between steps, in microseconds.
+    pub overhead_us_total: u64,
+    /// Requests that were cancelled by their caller.
+    pub cancelled_total: u64,
+    /// Requests that failed after they were accepted.
+    pub failed_total: u64,
+    /// Steps that the backend failed to compute.
+    pub failed_steps_total: u64,
+}
+
+/// The build: what a bug report should say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuildInfo {
+    /// Minerva's version.
+    pub version: String,
+    /// The pinned release of llama.cpp.
+    pub llama_cpp: String,
+    /// GPU backends in this build.
+    pub backends: Vec<String>,
+    /// What llama.cpp was compiled to use on this CPU.
+    pub cpu_features: Vec<String>,
+    /// The C++ compiler that built llama.cpp.
+    pub compiler: String,
+}
+
+/// How far a load is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoadProgress {
+    /// What is being done, such as `weights`.
+    pub stage: String,
+    /// From 0 to 1 within the whole load.
+    pub fraction: f32,
+}

@@ -1,0 +1,276 @@
+//! The engine thread: takes commands, runs the scheduler's plan on the backend, samples, sends events.
+//!
+//! It alone touches the backend. Everything it shares is in [`Shared`], which others read without waiting for a step.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
+use crate::event::GenerationError;
+use crate::generation::{Accepted, Advance, Generation};
+use crate::scheduler::{Admission, CacheOp, Job, RequestId, Scheduler, Step};
+use crate::shared::Shared;
+
+/// What other threads ask of the engine thread.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Run a request.
+    Submit(RequestId, Box<Accepted>),
+    /// Its caller is gone.
+    Cancel(RequestId),
+    /// Fail what runs and end.
+    Shutdown,
+}
+
+/// The state of the engine thread.
+pub(crate) struct Worker {
+    backend: Box<dyn Backend>,
+    tokenizer: Arc<dyn Tokenizer>,
+    n_vocab: usize,
+    scheduler: Scheduler,
+    generations: HashMap<RequestId, Generation>,
+    /// Which request runs in each sequence.
+    owners: Vec<Option<RequestId>>,
+    mailbox: Receiver<Command>,
+    shared: Arc<Shared>,
+    step: Step,
+}
+
+impl Worker {
+    pub(crate) fn new(loaded: Loaded, mailbox: Receiver<Command>, shared: Arc<Shared>) -> Self {
+        let limits = loaded.backend.limits();
+        Self {
+            backend: loaded.backend,
+            tokenizer: loaded.tokenizer,
+            n_vocab: limits.n_vocab,
+            scheduler: Scheduler::new(limits),
+            generations: HashMap::new(),
+            owners: vec![None; limits.n_seq_max as usize],
+            mailbox,
+            shared,
+            step: Step::default(),
+        }
+    }
+
+    /// Runs until shutdown or until every handle is gone.
+    pub(crate) fn run(mut self) {
+        while self.read_mailbox() {
+            self.turn();
+        }
+        self.shared.close();
+        for (id, generation) in std::mem::take(&mut self.generations) {
+            if self.scheduler.remove_waiting(id) {
+                self.shared.left_queue(generation.n_prompt());
+            }
+            generation.fail(GenerationError::Shutdown);
+        }
+        self.shared.publish(0, 0, 0);
+    }
+
+    /// Takes all commands; waits for one when there is nothing to compute. `false` ends the engine.
+    fn read_mailbox(&mut self) -> bool {
+        if self.scheduler.is_idle() {
+            let Ok(command) = self.mailbox.recv() else { return false };
+            if !self.obey(command) {
+                return false;
+            }
+        }
+        loop {
+            match self.mailbox.try_recv() {
+                Ok(command) => {
+                    if !self.obey(command) {
+                        return false;
+                    }
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> bool {
+        match command {
+            Command::Submit(id, accepted) => {
+                self.scheduler.enqueue(Job {
+                    id,
+                    prompt: accepted.prompt.clone(),
+                    n: accepted.request.n,
+                    max_tokens: accepted.max_tokens,
+                    reuse: accepted.request.cache_prompt,
+                });
+                let generation = Generation::new(*accepted, &*self.tokenizer, self.n_vocab);
+                self.generations.insert(id, generation);
+            }
+            Command::Cancel(id) => self.cancel(id),
+            Command::Shutdown => return false,
+        }
+        true
+    }
+
+    fn cancel(&mut self, id: RequestId) {
+        let Some(generation) = self.generations.remove(&id) else { return };
+        if self.scheduler.remove_waiting(id) {
+            self.shared.left_queue(generation.n_prompt());
+        } else {
+            self.free(&generation);
+        }
+        self.shared.count_cancelled();
+        self.publish();
+    }
+
+    /// Gives back the sequences of a request that ends before all its choices did.
+    fn free(&mut self, generation: &Generation) {
+        for seq in generation.running_seqs() {
+            self.release(seq);
+        }
+    }
+
+    fn release(&mut self, seq: SeqId) {
+        self.scheduler.release(seq);
+        self.owners[seq as usize] = None;
+    }
+
+    /// One turn: admit, compute, sample.
+    fn turn(&mut self) {
+        let began = Instant::now();
+        while let Some(admission) = self.scheduler.admit() {
+            self.seat(admission, began);
+        }
+        let mut step = std::mem::take(&mut self.step);
+        self.scheduler.step(&mut step);
+        let mut backend_us = 0;
+        if !step.rows.is_empty() {
+            self.publish();
+            backend_us = self.compute(&step);
+        }
+        self.step = step;
+        self.publish();
+        self.shared.count_overhead((began.elapsed().as_micros() as u64).saturating_sub(backend_us));
+    }
+
+    /// Runs one step and samples its outputs. Returns the time inside the backend, in microseconds.
+    fn compute(&mut self, step: &Step) -> u64 {
+        let submitted = Instant::now();
+        self.shared.step_begins(submitted);
+        let result = self.backend.decode(&step.rows);
+        let computed = Instant::now();
+        self.shared.step_ended();
+        let step_us = computed.duration_since(submitted).as_micros() as u64;
+        match result {
+            Ok(()) => {
+                self.shared.count_step(step.n_prefill as u64, step_us);
+                self.scheduler.computed(step, step_us);
+                self.sample(step, computed);
+            }
+            Err(error) => self.step_failed(step, &error),
+        }
+        step_us
+    }
+
+    fn seat(&mut self, admission: Admission, now: Instant) {
+        let Admission { id, seqs, n_cached, ops } = admission;
+        let first = seqs.first().copied();
+        for &seq in &seqs {
+            self.owners[seq as usize] = Some(id);
+        }
+        if let Some(generation) = self.generations.get_mut(&id) {
+            self.shared.left_queue(generation.n_prompt());
+            generation.start(seqs, n_cached, now);
+        }
+        for CacheOp::Keep { seq, n_tokens } in ops {
+            if !self.backend.truncate(seq, n_tokens) && n_tokens > 0 {
+                // This kind of memory cannot be cut there. The sequence is empty now.
+                self.scheduler.forget_prefix(seq);
+                if let Some(generation) = self.generations.get_mut(&id).filter(|_| Some(seq) == first) {
+                    generation.nothing_cached();
+                }
+            }
+        }
+        let n_cached = self.generations.get(&id).map_or(0, Generation::n_cached);
+        self.shared.count_cached(u64::from(n_cached));
+    }
+
+    fn sample(&mut self, step: &Step, now: Instant) {
+        for output in &step.outputs {
+            self.sample_row(output.row, output.seq, now);
+            // The prompt of a request with several choices was computed once: the others continue from a copy.
+            let owner = self.owners[output.seq as usize];
+            for fork in self.scheduler.forks(output.seq) {
+                let n_prompt = step.rows[output.row].pos + 1;
+                if owner.is_some() && self.backend.copy(output.seq, fork, n_prompt) {
+                    self.sample_row(output.row, fork, now);
+                } else {
+                    self.scheduler.fork_failed(fork);
+                }
+            }
+        }
+    }
+
+    fn sample_row(&mut self, row: usize, seq: SeqId, now: Instant) {
+        let Some(id) = self.owners[seq as usize] else { return };
+        let Some(generation) = self.generations.get_mut(&id) else { return };
+        let Some(logits) = self.backend.logits(row) else {
+            return self.fail(id, GenerationError::Backend { message: "a step has no scores for its token".into() });
+        };
+        let advance = generation.advance(seq, logits, &*self.tokenizer, now);
+        self.shared.count_generated();
+        match advance {
+            Ok(Advance::Continues(token)) => self.scheduler.sampled(seq, token),
+            Ok(Advance::Finished) => {
+                let done = generation.is_done();
+                self.release(seq);
+                if done {
+                    self.finish(id, now);
+                }
+            }
+            Ok(Advance::NobodyListens) => self.cancel(id),
+            Err(error) => self.fail(id, GenerationError::Sampling { message: error.to_string() }),
+        }
+    }
+
+    fn finish(&mut self, id: RequestId, now: Instant) {
+        let Some(generation) = self.generations.remove(&id) else { return };
+        self.publish(); // before the last event: whoever has it finds the counters true
+        let summary = generation.finish(now);
+        let tokens = summary.completion_tokens;
+        let total_ms = summary.prefill_ms + summary.decode_ms;
+        let per_second = f64::from(tokens) / (total_ms / 1e3).max(1e-6);
+        tracing::debug!("Inference: {tokens} tokens in {total_ms:.0}ms ({per_second:.0} tokens/sec)");
+        self.shared.learn_duration((summary.queue_ms + total_ms) / 1e3);
+    }
+
+    fn fail(&mut self, id: RequestId, error: GenerationError) {
+        let Some(generation) = self.generations.remove(&id) else { return };
+        tracing::warn!(request = id, "request failed: {error}");
+        self.free(&generation);
+        self.shared.count_failed();
+        self.publish();
+        generation.fail(error);
+    }
+
+    /// Ends the requests whose step was not computed; the others go on. Their cells may be half written, so their
+    /// sequences are emptied.
+    fn step_failed(&mut self, step: &Step, error: &StepError) {
+        tracing::error!(rows = step.rows.len(), "step failed: {error}");
+        self.shared.count_failed_step();
+        let mut seqs: Vec<SeqId> = step.rows.iter().map(|row| row.seq).collect();
+        seqs.dedup();
+        for seq in seqs {
+            if let Some(id) = self.owners[seq as usize] {
+                self.fail(id, GenerationError::Backend { message: error.message.clone() });
+            }
+            if !error.cache_unchanged {
+                self.scheduler.discard(seq);
+                self.backend.truncate(seq, 0);
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let (used, cached) = self.scheduler.cells();
+        let (queued, _) = self.scheduler.queued();
+        self.shared.publish((self.generations.len() - queued) as u64, used, cached);
+    }
+}

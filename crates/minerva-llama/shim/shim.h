@@ -1,0 +1,91 @@
+// What Minerva needs of llama.cpp beyond its C API, as plain C.
+//
+// Two reasons to be here: a C++ exception must never cross into Rust (it would end the process), and some things exist
+// only as C++ (exact memory of a simulated load, chat templates). Each function returns a mnv_status; on anything but
+// MNV_OK the text in `error` says why. Strings that come back are freed with mnv_string_free.
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum mnv_status {
+    MNV_OK        = 0,
+    MNV_NULL      = 1, // llama.cpp returned no object; its log says why
+    MNV_EXCEPTION = 2, // a C++ exception was caught
+    MNV_NO_MEMORY = 3, // std::bad_alloc was caught
+    MNV_TOO_SMALL = 4, // the caller's buffer is too small; the needed size was stored
+};
+
+struct mnv_error {
+    char text[512];
+};
+
+// Ends the common library's own printing, so that messages reach only the log callback.
+void mnv_quiet(void);
+
+int mnv_model_load(const char * path, const struct llama_model_params * params, struct llama_model ** out, struct mnv_error * error);
+int mnv_context_new(struct llama_model * model, const struct llama_context_params * params, struct llama_context ** out, struct mnv_error * error);
+
+// `code` receives what llama_decode returned; it is set only with MNV_OK.
+int mnv_decode(struct llama_context * ctx, const struct llama_batch * batch, int32_t * code, struct mnv_error * error);
+int mnv_synchronize(struct llama_context * ctx, struct mnv_error * error);
+
+// `n` holds the room in `tokens` and receives the number of tokens, or the number needed with MNV_TOO_SMALL.
+int mnv_tokenize(const struct llama_vocab * vocab, const char * text, int32_t text_len, llama_token * tokens, int32_t * n,
+                 bool add_special, bool parse_special, struct mnv_error * error);
+int mnv_token_to_piece(const struct llama_vocab * vocab, llama_token token, char * buf, int32_t * n, bool special, struct mnv_error * error);
+
+// Memory operations that may allocate or run a graph.
+int mnv_seq_rm(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, bool * removed, struct mnv_error * error);
+int mnv_seq_cp(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, struct mnv_error * error);
+int mnv_state_seq_get(struct llama_context * ctx, llama_seq_id seq, uint8_t * dst, size_t * n, struct mnv_error * error);
+int mnv_state_seq_set(struct llama_context * ctx, llama_seq_id seq, const uint8_t * src, size_t n, bool * restored, struct mnv_error * error);
+
+struct mnv_device_bytes {
+    char    name[64];    // llama.cpp's device name; the last entry is the host
+    int64_t total_bytes;
+    int64_t free_bytes;
+    size_t  model_bytes;
+    size_t  context_bytes;
+    size_t  compute_bytes;
+};
+
+struct mnv_model_shape {
+    uint32_t n_layers;
+    uint32_t n_ctx_train;
+    uint32_t n_experts;
+};
+
+// Loads model and context without allocating and reports each device's bytes, the host last.
+// `n` holds the room in `out` and receives the number of entries. Not thread-safe: it replaces the log callback meanwhile.
+int mnv_device_memory(const char * path, const struct llama_model_params * mparams, const struct llama_context_params * cparams,
+                      struct mnv_device_bytes * out, size_t * n, struct mnv_model_shape * shape, struct mnv_error * error);
+
+// The same figures of a context that exists. `n` as above.
+int mnv_context_memory(const struct llama_context * ctx, struct mnv_device_bytes * out, size_t * n, struct mnv_error * error);
+
+struct mnv_chat;
+
+// `template_override` may be null: the model's own template. MNV_NULL when there is none.
+int  mnv_chat_new(const struct llama_model * model, const char * template_override, struct mnv_chat ** out, struct mnv_error * error);
+void mnv_chat_free(struct mnv_chat * chat);
+
+// `request` is a JSON object {"messages": [...], "tools": [...]?, "tool_choice": "..."?, "add_generation_prompt": bool?}
+// in OpenAI's form. `out` receives JSON: {"prompt", "format", "parser", "grammar", "grammar_lazy", "generation_prompt",
+// "additional_stops", "preserved_tokens"}.
+int mnv_chat_apply(const struct mnv_chat * chat, const char * request, char ** out, struct mnv_error * error);
+
+// Parses a model's answer. `syntax` is what mnv_chat_apply returned; `out` receives the message as OpenAI's JSON.
+int mnv_chat_parse(const char * syntax, const char * text, bool is_partial, char ** out, struct mnv_error * error);
+
+void mnv_string_free(char * string);
+
+#ifdef __cplusplus
+}
+#endif

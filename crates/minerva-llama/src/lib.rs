@@ -1,0 +1,37 @@
+//! Safe handles over llama.cpp: models, contexts, batches, vocabularies, chat templates.
+//!
+//! This is the only crate that touches llama.cpp; [`sys`] is the raw layer and everything else is safe. It knows nothing
+//! of requests, scheduling or HTTP. Children keep their parents alive ([`Context`] holds its [`Model`]), every length,
+//! index and sequence id is checked here because llama.cpp aborts on bad ones, C++ exceptions become errors, and
+//! messages go to `tracing` with the target `llama.cpp`.
+//!
+//! Start with [`Model::load`], then [`Context::new`] and [`Context::decode`]. docs/ffi.md has the thread rule, who frees
+//! what, and the upgrade checklist of the pin.
+//!
+//! # What can still end the process
+//! A `GGML_ASSERT` inside llama.cpp and a failed allocation inside a GPU computation call `abort()`.
+
+pub mod sys;
+
+mod backend;
+mod batch;
+mod chat;
+mod context;
+mod error;
+mod log;
+mod memory;
+mod model;
+mod params;
+mod threads;
+mod vocab;
+
+pub use backend::{Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, devices, extra_buffers, init, version};
+pub use batch::Batch;
+pub use chat::{ChatPrompt, ChatTemplate};
+pub use context::Context;
+pub use error::{BatchError, CallError, DecodeError, LoadError};
+pub use memory::{DeviceBytes, SimulatedLoad, simulate_load};
+pub use model::Model;
+pub use params::{ContextParams, FlashAttention, KvType, ModelParams};
+pub use threads::ThreadPool;
+pub use vocab::Token;

@@ -1,0 +1,70 @@
+//! llama.cpp's and ggml's messages, as `tracing` events with the target `llama.cpp`. Nothing reaches stdout or stderr.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::panic::catch_unwind;
+use std::sync::{Mutex, PoisonError};
+
+use crate::sys;
+
+/// Messages come in pieces; a line is complete at its newline.
+struct Pending {
+    level: sys::ggml_log_level,
+    text: String,
+    last_error: Option<String>,
+}
+
+static PENDING: Mutex<Pending> =
+    Mutex::new(Pending { level: sys::GGML_LOG_LEVEL_INFO, text: String::new(), last_error: None });
+
+/// A message without an end is cut here: a hostile model file can put its own strings into the log.
+const MAX_LINE_BYTES: usize = 8 << 10;
+
+/// Routes every message through [`on_message`]. Called once, before llama.cpp is used.
+pub(crate) fn install() {
+    // SAFETY: `on_message` is a C function for the life of the program and ignores its user data.
+    unsafe { sys::llama_log_set(Some(on_message), std::ptr::null_mut()) };
+    // SAFETY: sets one integer before any other thread can be inside the common library.
+    unsafe { sys::mnv_quiet() };
+}
+
+/// The last error line since the last call, to say why a C function returned nothing.
+pub(crate) fn take_last_error() -> Option<String> {
+    PENDING.lock().unwrap_or_else(PoisonError::into_inner).last_error.take()
+}
+
+unsafe extern "C" fn on_message(level: sys::ggml_log_level, text: *const c_char, _user_data: *mut c_void) {
+    if text.is_null() {
+        return;
+    }
+    // SAFETY: llama.cpp passes a NUL-terminated string that lives through the call.
+    let text = unsafe { CStr::from_ptr(text) };
+    // A panic must not unwind into C; a lost log line is the lesser evil.
+    let _ = catch_unwind(|| append(level, &text.to_string_lossy()));
+}
+
+fn append(level: sys::ggml_log_level, text: &str) {
+    let mut pending = PENDING.lock().unwrap_or_else(PoisonError::into_inner);
+    if level != sys::GGML_LOG_LEVEL_CONT {
+        pending.level = level;
+    }
+    for piece in text.split_inclusive('\n') {
+        pending.text.push_str(piece);
+        if piece.ends_with('\n') || pending.text.len() > MAX_LINE_BYTES {
+            let line = std::mem::take(&mut pending.text);
+            emit(&mut pending, line.trim_end());
+        }
+    }
+}
+
+fn emit(pending: &mut Pending, line: &str) {
+    match pending.level {
+        _ if line.is_empty() => {}
+        sys::GGML_LOG_LEVEL_ERROR => {
+            tracing::error!(target: "llama.cpp", "{line}");
+            pending.last_error = Some(line.to_owned());
+        }
+        sys::GGML_LOG_LEVEL_WARN => tracing::warn!(target: "llama.cpp", "{line}"),
+        sys::GGML_LOG_LEVEL_INFO => tracing::info!(target: "llama.cpp", "{line}"),
+        _ => tracing::debug!(target: "llama.cpp", "{line}"),
+    }
+}

@@ -1,0 +1,157 @@
+//! Parameters of a model and of a context, as plain values.
+
+use std::ptr;
+
+use crate::{backend, sys};
+
+/// How to load a model.
+#[derive(Debug, Clone)]
+pub struct ModelParams {
+    /// Devices to use, as [`Device::index`](crate::Device::index). Empty: the CPU only.
+    pub devices: Vec<usize>,
+    /// Layers on those devices; the output layer counts as one.
+    pub n_gpu_layers: u32,
+    /// Let the CPU backend repack weights for its matrix units.
+    pub use_extra_buffers: bool,
+    /// Map the file instead of reading it.
+    pub use_mmap: bool,
+}
+
+impl Default for ModelParams {
+    fn default() -> Self {
+        Self { devices: Vec::new(), n_gpu_layers: 0, use_extra_buffers: true, use_mmap: true }
+    }
+}
+
+impl ModelParams {
+    /// The C struct and the null-terminated device list that it points to.
+    pub(crate) fn raw(&self) -> (sys::llama_model_params, Vec<sys::ggml_backend_dev_t>) {
+        backend::init();
+        let n_devices = backend::devices().len();
+        let mut devices: Vec<_> =
+            self.devices.iter().filter(|&&index| index < n_devices).map(|&index| backend::raw_device(index)).collect();
+        devices.push(ptr::null_mut());
+        // SAFETY: returns a plain struct.
+        let mut raw = unsafe { sys::llama_model_default_params() };
+        raw.devices = devices.as_mut_ptr(); // the vector's buffer does not move when the vector does
+        raw.n_gpu_layers = i32::try_from(self.n_gpu_layers).unwrap_or(i32::MAX);
+        raw.load_mode = if self.use_mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
+        raw.use_extra_bufts = self.use_extra_buffers;
+        (raw, devices)
+    }
+}
+
+/// Whether attention is computed without storing the score matrix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum FlashAttention {
+    /// Where the device supports it.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are ggml's type names")]
+pub enum KvType {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+    Q8_0,
+    Q5_1,
+    Q5_0,
+    Q4_1,
+    Q4_0,
+    Iq4Nl,
+}
+
+impl KvType {
+    /// Whether the type stores blocks of several elements; llama.cpp then needs flash attention for V.
+    pub fn is_quantized(self) -> bool {
+        !matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    fn raw(self) -> sys::ggml_type {
+        match self {
+            Self::F32 => sys::GGML_TYPE_F32,
+            Self::F16 => sys::GGML_TYPE_F16,
+            Self::Bf16 => sys::GGML_TYPE_BF16,
+            Self::Q8_0 => sys::GGML_TYPE_Q8_0,
+            Self::Q5_1 => sys::GGML_TYPE_Q5_1,
+            Self::Q5_0 => sys::GGML_TYPE_Q5_0,
+            Self::Q4_1 => sys::GGML_TYPE_Q4_1,
+            Self::Q4_0 => sys::GGML_TYPE_Q4_0,
+            Self::Iq4Nl => sys::GGML_TYPE_IQ4_NL,
+        }
+    }
+}
+
+/// How to make a context.
+#[derive(Debug, Clone)]
+pub struct ContextParams {
+    /// KV cells of all sequences together.
+    pub n_ctx: u32,
+    /// The most tokens of one batch.
+    pub n_batch: u32,
+    /// The most tokens that the device computes at once.
+    pub n_ubatch: u32,
+    /// Sequences.
+    pub n_seq_max: u32,
+    /// Threads while one token per sequence is decoded.
+    pub n_threads: u32,
+    /// Threads for prompts.
+    pub n_threads_batch: u32,
+    /// Flash attention.
+    pub flash_attention: FlashAttention,
+    /// Element type of the K cache.
+    pub type_k: KvType,
+    /// Element type of the V cache.
+    pub type_v: KvType,
+    /// One pool of cells for all sequences, instead of a stream of `n_ctx / n_seq_max` cells for each.
+    pub kv_unified: bool,
+}
+
+impl Default for ContextParams {
+    fn default() -> Self {
+        Self {
+            n_ctx: 4096,
+            n_batch: 2048,
+            n_ubatch: 512,
+            n_seq_max: 1,
+            n_threads: 1,
+            n_threads_batch: 1,
+            flash_attention: FlashAttention::Auto,
+            type_k: KvType::F16,
+            type_v: KvType::F16,
+            kv_unified: false,
+        }
+    }
+}
+
+impl ContextParams {
+    pub(crate) fn raw(&self) -> sys::llama_context_params {
+        let threads = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+        // SAFETY: returns a plain struct.
+        let mut raw = unsafe { sys::llama_context_default_params() };
+        raw.n_ctx = self.n_ctx;
+        raw.n_batch = self.n_batch;
+        raw.n_ubatch = self.n_ubatch;
+        raw.n_seq_max = self.n_seq_max;
+        raw.n_threads = threads(self.n_threads);
+        raw.n_threads_batch = threads(self.n_threads_batch);
+        raw.flash_attn_type = match self.flash_attention {
+            FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
+            FlashAttention::On => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
+        };
+        raw.type_k = self.type_k.raw();
+        raw.type_v = self.type_v.raw();
+        raw.kv_unified = self.kv_unified;
+        raw.no_perf = true;
+        raw
+    }
+}

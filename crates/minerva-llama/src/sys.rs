@@ -1,0 +1,147 @@
+//! The raw layer: llama.cpp's C API and the functions of `shim/shim.h`. Nothing else in Minerva names them.
+
+#![allow(missing_docs, non_camel_case_types, reason = "C names, documented in llama.h and shim/shim.h")]
+
+use std::ffi::{c_char, c_int};
+
+pub use llama_cpp_sys_2::*;
+
+/// The most threads of a pool: a macro of ggml.h that bindgen leaves out.
+pub const GGML_MAX_N_THREADS: u32 = 512;
+
+pub const MNV_OK: c_int = 0;
+pub const MNV_NULL: c_int = 1;
+pub const MNV_NO_MEMORY: c_int = 3;
+pub const MNV_TOO_SMALL: c_int = 4;
+
+#[repr(C)]
+pub struct mnv_error {
+    pub text: [c_char; 512],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct mnv_device_bytes {
+    pub name: [c_char; 64],
+    pub total_bytes: i64,
+    pub free_bytes: i64,
+    pub model_bytes: usize,
+    pub context_bytes: usize,
+    pub compute_bytes: usize,
+}
+
+#[repr(C)]
+#[derive(Default)]
+pub struct mnv_model_shape {
+    pub n_layers: u32,
+    pub n_ctx_train: u32,
+    pub n_experts: u32,
+}
+
+#[repr(C)]
+pub struct mnv_chat {
+    _opaque: [u8; 0],
+}
+
+unsafe extern "C" {
+    pub fn mnv_quiet();
+    pub fn mnv_model_load(
+        path: *const c_char,
+        params: *const llama_model_params,
+        out: *mut *mut llama_model,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_context_new(
+        model: *mut llama_model,
+        params: *const llama_context_params,
+        out: *mut *mut llama_context,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_decode(ctx: *mut llama_context, batch: *const llama_batch, code: *mut i32, error: *mut mnv_error) -> c_int;
+    pub fn mnv_synchronize(ctx: *mut llama_context, error: *mut mnv_error) -> c_int;
+    pub fn mnv_tokenize(
+        vocab: *const llama_vocab,
+        text: *const c_char,
+        text_len: i32,
+        tokens: *mut llama_token,
+        n: *mut i32,
+        add_special: bool,
+        parse_special: bool,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_token_to_piece(
+        vocab: *const llama_vocab,
+        token: llama_token,
+        buf: *mut c_char,
+        n: *mut i32,
+        special: bool,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_seq_rm(
+        ctx: *mut llama_context,
+        seq: llama_seq_id,
+        p0: llama_pos,
+        p1: llama_pos,
+        removed: *mut bool,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_seq_cp(
+        ctx: *mut llama_context,
+        src: llama_seq_id,
+        dst: llama_seq_id,
+        p0: llama_pos,
+        p1: llama_pos,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_state_seq_get(
+        ctx: *mut llama_context,
+        seq: llama_seq_id,
+        dst: *mut u8,
+        n: *mut usize,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_state_seq_set(
+        ctx: *mut llama_context,
+        seq: llama_seq_id,
+        src: *const u8,
+        n: usize,
+        restored: *mut bool,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_device_memory(
+        path: *const c_char,
+        mparams: *const llama_model_params,
+        cparams: *const llama_context_params,
+        out: *mut mnv_device_bytes,
+        n: *mut usize,
+        shape: *mut mnv_model_shape,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_context_memory(
+        ctx: *const llama_context,
+        out: *mut mnv_device_bytes,
+        n: *mut usize,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_chat_new(
+        model: *const llama_model,
+        template_override: *const c_char,
+        out: *mut *mut mnv_chat,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_chat_free(chat: *mut mnv_chat);
+    pub fn mnv_chat_apply(
+        chat: *const mnv_chat,
+        request: *const c_char,
+        out: *mut *mut c_char,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_chat_parse(
+        syntax: *const c_char,
+        text: *const c_char,
+        is_partial: bool,
+        out: *mut *mut c_char,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_string_free(string: *mut c_char);
+}

@@ -1,0 +1,165 @@
+//! Drop order, use after an error, two contexts on one model, and the limits that llama.cpp itself does not check.
+//! Needs the default model: `cargo xtask setup` fetches it.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use minerva_llama::{
+    Batch, BatchError, ChatPrompt, ChatTemplate, Context, ContextParams, LoadError, Model, ModelParams, simulate_load,
+};
+
+fn model_path() -> PathBuf {
+    std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model").into()
+}
+
+fn load() -> Arc<Model> {
+    Model::load(&model_path(), &ModelParams::default(), &mut |_| ControlFlow::Continue(())).expect("the model loads")
+}
+
+fn small(n_seq_max: u32) -> ContextParams {
+    ContextParams { n_ctx: 256 * n_seq_max, n_seq_max, n_threads: 2, n_threads_batch: 2, ..ContextParams::default() }
+}
+
+fn argmax(logits: &[f32]) -> i32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(token, _)| i32::try_from(token).expect("a token id"))
+}
+
+fn greedy(context: &mut Context, prompt: &[i32], seq: u32, n: usize) -> Vec<i32> {
+    let mut batch = Batch::new(context);
+    let mut tokens = prompt.to_vec();
+    let mut done = 0;
+    let mut answer = Vec::new();
+    while answer.len() < n {
+        batch.clear();
+        for (pos, &token) in tokens.iter().enumerate().skip(done) {
+            batch.push(token, pos as u32, seq, pos + 1 == tokens.len()).expect("within limits");
+        }
+        let last = batch.len() - 1;
+        context.decode(&mut batch).expect("decodes");
+        done = tokens.len();
+        let token = argmax(context.logits(last).expect("asked for"));
+        answer.push(token);
+        tokens.push(token);
+    }
+    answer
+}
+
+#[test]
+fn a_context_outlives_the_handle_of_its_model_and_two_contexts_agree() {
+    let model = load();
+    let prompt = model.tokenize("The capital of France is", true, false).expect("tokenizes");
+    let mut first = Context::new(&model, &small(1)).expect("a context");
+    let mut second = Context::new(&model, &small(2)).expect("a second context");
+    drop(model);
+    let a = greedy(&mut first, &prompt, 0, 6);
+    drop(first);
+    let b = greedy(&mut second, &prompt, 1, 6);
+    assert_eq!(a, b);
+    let mut text = Vec::new();
+    a.iter().for_each(|&token| second.model().token_bytes(token, false, &mut text));
+    assert!(String::from_utf8_lossy(&text).contains("Paris"), "{}", String::from_utf8_lossy(&text));
+}
+
+#[test]
+fn bad_tokens_sequences_and_positions_never_reach_llama_cpp() {
+    let model = load();
+    let mut context = Context::new(&model, &small(2)).expect("a context");
+    let mut batch = Batch::new(&context);
+    let n_vocab = model.n_vocab();
+    assert_eq!(batch.push(-1, 0, 0, true), Err(BatchError::Token { token: -1, n_vocab }));
+    assert_eq!(batch.push(i32::MAX, 0, 0, true), Err(BatchError::Token { token: i32::MAX, n_vocab }));
+    assert_eq!(batch.push(1, 0, 2, true), Err(BatchError::Sequence { seq: 2, n_seq_max: 2 }));
+    assert!(matches!(batch.push(1, 1 << 20, 0, true), Err(BatchError::Position { .. })));
+    assert!(context.clear_seq(7).is_err());
+    assert!(context.copy_seq(0, 0, 1).is_err());
+    assert!(context.logits(0).is_none(), "nothing was decoded");
+    // A gap in the positions is llama.cpp's to find; the context works on afterwards.
+    batch.push(1, 5, 0, true).expect("within limits");
+    batch.push(1, 9, 0, true).expect("within limits");
+    let error = context.decode(&mut batch).expect_err("positions have a gap");
+    assert!(error.cache_unchanged(), "{error}");
+    assert_eq!(greedy(&mut context, &[1, 2, 3], 0, 2).len(), 2);
+}
+
+#[test]
+fn a_copied_sequence_continues_like_its_source() {
+    let model = load();
+    let prompt = model.tokenize("One, two, three, four,", true, false).expect("tokenizes");
+    for kv_unified in [false, true] {
+        let mut context = Context::new(&model, &ContextParams { kv_unified, ..small(2) }).expect("a context");
+        let a = greedy(&mut context, &prompt, 0, 4);
+        assert!(context.copy_seq(0, 1, prompt.len() as u32 - 1).expect("copies"));
+        let mut batch = Batch::new(&context);
+        let at = prompt.len() as u32 - 1;
+        batch.push(prompt[at as usize], at, 1, true).expect("within limits");
+        context.decode(&mut batch).expect("decodes");
+        assert_eq!(argmax(context.logits(0).expect("asked for")), a[0], "unified {kv_unified}");
+    }
+}
+
+#[test]
+fn loads_report_progress_and_can_be_cancelled() {
+    let mut fractions = Vec::new();
+    let result = Model::load(&model_path(), &ModelParams::default(), &mut |fraction| {
+        fractions.push(fraction);
+        if fractions.len() > 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert!(matches!(result, Err(LoadError::Cancelled)));
+    assert!(fractions.is_sorted());
+}
+
+#[test]
+fn files_that_are_no_model_are_errors_with_a_reason() {
+    let missing = Model::load("no-such.gguf".as_ref(), &ModelParams::default(), &mut |_| ControlFlow::Continue(()));
+    assert!(matches!(missing, Err(LoadError::File { .. })));
+    let error = Model::load("Cargo.toml".as_ref(), &ModelParams::default(), &mut |_| ControlFlow::Continue(()))
+        .expect_err("not a model");
+    assert!(!error.to_string().contains("no reason"), "{error}");
+    let error = simulate_load("Cargo.toml".as_ref(), &ModelParams::default(), &small(1)).expect_err("not a model");
+    assert!(!error.to_string().is_empty());
+}
+
+#[test]
+fn a_simulated_load_names_the_bytes_that_the_context_really_takes() {
+    let params = small(4);
+    let plan = simulate_load(&model_path(), &ModelParams::default(), &params).expect("simulates");
+    let host = plan.devices.last().expect("the host is always there");
+    let model = load();
+    assert_eq!((plan.n_layers, plan.context_train_tokens), (model.n_layers(), model.context_train_tokens()));
+    let context = Context::new(&model, &params).expect("a context");
+    let real = context.memory_bytes().expect("known");
+    let real = real.iter().find(|d| d.device == "Host").expect("the host");
+    assert_eq!(host.kv_bytes, real.kv_bytes);
+    assert_eq!(host.weights_bytes, real.weights_bytes);
+    assert!(host.compute_bytes.abs_diff(real.compute_bytes) <= 1 << 20, "{host:?} {real:?}");
+}
+
+#[test]
+fn a_long_run_of_one_letter_is_tokenized_and_does_not_overflow_the_stack() {
+    let model = load();
+    for text in ["A".repeat(400_000), " ".repeat(400_000), "é".repeat(100_000), "1.".repeat(100_000)] {
+        let tokens = model.tokenize(&text, false, false).expect("tokenizes");
+        let mut bytes = Vec::new();
+        tokens.iter().for_each(|&token| model.token_bytes(token, false, &mut bytes));
+        assert_eq!(bytes.len(), text.len());
+    }
+}
+
+#[test]
+fn the_models_chat_template_renders_with_control_tokens() {
+    let model = load();
+    let template = ChatTemplate::new(&model, None).expect("parses").expect("the model has one");
+    let request = r#"{"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi"}]}"#;
+    let syntax = template.render(request).expect("renders");
+    let prompt: ChatPrompt = serde_json::from_str(&syntax).expect("its JSON");
+    assert_eq!(
+        prompt.prompt,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let message = ChatTemplate::parse(&syntax, "Hello!", false).expect("parses");
+    assert!(message.contains("Hello!"), "{message}");
+    assert!(template.render("{").is_err());
+    assert!(ChatTemplate::new(&model, Some("{% if %}")).is_err());
+}

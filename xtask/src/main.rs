@@ -1,0 +1,36 @@
+//! Project tasks, run as `cargo xtask TASK`: one file per task, each with its own `Args` and `run`.
+//!
+//! `setup` prepares a bare machine, `serve` talks to a real model, `test` runs what CI runs. Start with [`setup`]: the
+//! others begin with it. [`workspace`] has the paths and the child processes that all of them share.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a task talks to the terminal")]
+
+mod layers;
+mod serve;
+mod setup;
+mod test;
+mod workspace;
+
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", about = "Minerva's project tasks")]
+enum Task {
+    /// Find or install what a build needs, and fetch the default model
+    Setup(setup::Args),
+    /// Set up, build in release and serve the default model on 127.0.0.1:8080
+    Serve(serve::Args),
+    /// Set up, then run everything that CI runs
+    Test(test::Args),
+    /// Fail on any dependency between our crates that points upward
+    Layers(layers::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Task::parse() {
+        Task::Setup(args) => setup::run(&args),
+        Task::Serve(args) => serve::run(&args),
+        Task::Test(args) => test::run(&args),
+        Task::Layers(args) => layers::run(&args),
+    }
+}
