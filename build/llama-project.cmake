@@ -1,5 +1,5 @@
 # Read by cmake at the end of llama.cpp's `project()`: .cargo/config.toml sets CMAKE_PROJECT_INCLUDE, and llama-cpp-sys-2
-# hands every CMAKE_* variable on. It changes how llama.cpp is compiled, never what is compiled. Start with build/README.md.
+# hands every CMAKE_* variable on. It changes how llama.cpp is compiled, never what is compiled.
 #
 # Cargo does not watch this file: raise GGML_MINERVA_BUILD in .cargo/config.toml with every change here or in the header
 # beside it, and llama.cpp is built again where it must be.

@@ -11,6 +11,8 @@ mod setup;
 mod test;
 mod workspace;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 #[derive(Parser)]
@@ -26,11 +28,22 @@ enum Task {
     Layers(layers::Args),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Task::parse() {
+fn main() -> ExitCode {
+    let result = match Task::parse() {
         Task::Setup(args) => setup::run(&args),
         Task::Serve(args) => serve::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Layers(args) => layers::run(&args),
+    };
+    // Not `anyhow`'s own report: it adds a backtrace, and what went wrong here is seldom in our code.
+    result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
+}
+
+/// Prints what failed and why, outermost first.
+fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("because: {cause}");
     }
+    ExitCode::FAILURE
 }

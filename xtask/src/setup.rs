@@ -20,7 +20,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 pub(crate) use compiler::{Compiler, Kind};
-pub(crate) use python::{Interpreter, create_venv, existing_venv};
+pub(crate) use python::Interpreter;
 
 use crate::workspace;
 
@@ -46,6 +46,8 @@ impl Args {
 pub(crate) struct Ready {
     /// The cmake that builds llama.cpp.
     pub(crate) cmake: PathBuf,
+    /// The ninja that runs its build; without one cmake's default does.
+    pub(crate) ninja: Option<PathBuf>,
     /// The C++ compiler that builds llama.cpp.
     pub(crate) compiler: Compiler,
     /// The default model's file; `None` when the caller left it out.
@@ -89,7 +91,7 @@ pub(crate) fn prepare(args: &Args) -> anyhow::Result<Ready> {
         say("model", &format!("{} ({how})", path.display()));
     }
     println!("set-up done in {:.1} s", start.elapsed().as_secs_f32());
-    Ok(Ready { cmake: tools.cmake.path, compiler, model: model_path })
+    Ok(Ready { cmake: tools.cmake.path, ninja: tools.ninja.map(|ninja| ninja.path), compiler, model: model_path })
 }
 
 /// One line of the report.

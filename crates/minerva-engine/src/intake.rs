@@ -70,7 +70,10 @@ impl Intake {
             return Err(RequestError::ContextLength { n_prompt_tokens: prompt.len(), n_ctx: self.n_ctx });
         }
         let room = (self.n_ctx - prompt.len()) as u32;
-        let max_tokens = request.max_tokens.map_or(room, |max_tokens| max_tokens.min(room));
+        let max_tokens = match request.max_tokens {
+            Some(max_tokens) => max_tokens.min(room),
+            None => room.min(self.pool_share(&request, prompt.len())),
+        };
         self.check_pool(&request, prompt.len(), max_tokens)?;
         if engine.is_closed() {
             return Err(RequestError::ShuttingDown);
@@ -100,6 +103,14 @@ impl Intake {
         Ok(())
     }
 
+    /// The tokens that each choice can have next to the others when all cells are theirs; at least 1.
+    fn pool_share(&self, request: &Request, n_prompt: usize) -> u32 {
+        if !self.limits.unified {
+            return u32::MAX;
+        }
+        (self.limits.n_cells / request.n).saturating_sub(n_prompt as u32).max(1)
+    }
+
     /// With one pool of cells all choices of a request have to fit into it together.
     fn check_pool(&self, request: &Request, n_prompt: usize, max_tokens: u32) -> Result<(), RequestError> {
         let n_cells = self.limits.n_cells as usize;
@@ -118,7 +129,7 @@ impl Intake {
                 self.tokenizer.tokenize(text, true, false)
             }
             Prompt::Chat(messages) => {
-                self.check_bytes(messages.iter().map(|message| message.content.len()).sum())?;
+                self.check_bytes(messages.iter().map(|message| message.role.len() + message.content.len()).sum())?;
                 let text = self.tokenizer.render_chat(messages)?;
                 self.check_bytes(text.len())?;
                 self.tokenizer.tokenize(&text, true, true)

@@ -137,6 +137,15 @@ impl Shared {
         self.cells_cached.store(cells_cached, Relaxed);
     }
 
+    /// The engine thread is at its end: nothing runs or waits, and nothing is accepted.
+    pub(crate) fn engine_ended(&self) {
+        self.close();
+        self.queued_requests.store(0, Relaxed);
+        self.queued_tokens.store(0, Relaxed);
+        self.publish(0, 0, 0);
+        self.step_ended();
+    }
+
     pub(crate) fn step_begins(&self, now: Instant) {
         self.step_began_us.store((now.duration_since(self.start).as_micros() as u64).max(1), Relaxed);
     }

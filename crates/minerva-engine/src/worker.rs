@@ -59,14 +59,6 @@ impl Worker {
         while self.read_mailbox() {
             self.turn();
         }
-        self.shared.close();
-        for (id, generation) in std::mem::take(&mut self.generations) {
-            if self.scheduler.remove_waiting(id) {
-                self.shared.left_queue(generation.n_prompt());
-            }
-            generation.fail(GenerationError::Shutdown);
-        }
-        self.shared.publish(0, 0, 0);
     }
 
     /// Takes all commands; waits for one when there is nothing to compute. `false` ends the engine.
@@ -194,16 +186,20 @@ impl Worker {
 
     fn sample(&mut self, step: &Step, now: Instant) {
         for output in &step.outputs {
-            self.sample_row(output.row, output.seq, now);
-            // The prompt of a request with several choices was computed once: the others continue from a copy.
-            let owner = self.owners[output.seq as usize];
-            for fork in self.scheduler.forks(output.seq) {
-                let n_prompt = step.rows[output.row].pos + 1;
-                if owner.is_some() && self.backend.copy(output.seq, fork, n_prompt) {
-                    self.sample_row(output.row, fork, now);
-                } else {
+            // The prompt of a request with several choices was computed once: the others continue from a copy. It is made
+            // before anything is sampled, because the first choice may end here and give its sequence back.
+            let n_prompt = step.rows[output.row].pos + 1;
+            let mut copies = self.scheduler.forks(output.seq);
+            copies.retain(|&fork| {
+                let copied = self.backend.copy(output.seq, fork, n_prompt);
+                if !copied {
                     self.scheduler.fork_failed(fork);
                 }
+                copied
+            });
+            self.sample_row(output.row, output.seq, now);
+            for fork in copies {
+                self.sample_row(output.row, fork, now);
             }
         }
     }
@@ -272,5 +268,17 @@ impl Worker {
         let (used, cached) = self.scheduler.cells();
         let (queued, _) = self.scheduler.queued();
         self.shared.publish((self.generations.len() - queued) as u64, used, cached);
+    }
+}
+
+impl Drop for Worker {
+    /// The engine thread ends, by command or by a panic: nobody may wait for it any longer.
+    fn drop(&mut self) {
+        self.shared.engine_ended();
+        // What was sent too late to be read is dropped with the mailbox, and its stream ends in the same way.
+        for (_, generation) in self.generations.drain() {
+            self.shared.count_failed();
+            generation.fail(GenerationError::Shutdown);
+        }
     }
 }

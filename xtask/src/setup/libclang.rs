@@ -72,7 +72,7 @@ fn is_libclang(name: &str) -> bool {
 /// They lie in `clang/VERSION/include` beside the library; a `clang` on `PATH` tells bindgen where its own are.
 pub(super) fn has_headers(dir: &Path) -> bool {
     let real = fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
-    let beside = [real.join("clang"), real.join("../lib/clang"), PathBuf::from("/usr/lib/clang")];
+    let beside = [real.join("clang"), real.join("../lib/clang")];
     let versions = beside.iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten();
     let mut headers = versions.map(|version| version.path().join("include/stddef.h"));
     headers.any(|header| header.is_file()) || workspace::which("clang").is_some()

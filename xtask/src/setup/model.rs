@@ -38,9 +38,12 @@ pub(super) fn fetch(cache: &Path) -> anyhow::Result<&'static str> {
         println!("  model         {} is damaged: fetching it again", path.display());
     }
     let downloads = cache.join("download");
-    let unpacked = download(&downloads)
+    let unpacked = download(&downloads).and_then(|unpacked| check(&unpacked).map(|()| unpacked));
+    let unpacked = unpacked.inspect_err(|_| {
+        let _ = fs::remove_dir_all(&downloads); // whatever is wrong in there must not meet the next try
+    });
+    let unpacked = unpacked
         .with_context(|| format!("cannot fetch the default model; you may put it at {} yourself", path.display()))?;
-    check(&unpacked)?;
     fs::create_dir_all(path.parent().expect("the models have a folder"))?;
     fs::rename(&unpacked, &path).with_context(|| format!("cannot write {}", path.display()))?;
     fs::remove_dir_all(&downloads).with_context(|| format!("cannot remove {}", downloads.display()))?;

@@ -21,32 +21,40 @@ impl Interpreter {
     /// The Python that installs into `dir`: the venv there, made when missing.
     ///
     /// Debian's Python has no ensurepip without python3-venv; then virtualenv makes the venv, and failing that the
-    /// system's pip installs into a folder of `dir`.
-    pub(super) fn into_dir(dir: &Path) -> anyhow::Result<Self> {
+    /// system's pip installs into the folder `site`.
+    pub(crate) fn into_dir(dir: &Path) -> anyhow::Result<Self> {
         if let Some(venv) = existing_venv(dir) {
             return Ok(venv);
         }
-        let Err(no_venv) = create_venv(dir) else {
-            return existing_venv(dir).context("the new venv has no working pip");
-        };
-        let system = system_python()?;
-        if !has_pip(&system) {
-            let line = advice(Package::PythonVenv);
-            return Err(no_venv.context(format!("this Python has neither venv nor pip; install them with\n{line}")));
+        let site = dir.join("site");
+        if !site.is_dir() {
+            let Err(no_venv) = create_venv(dir) else {
+                return existing_venv(dir).context("the new venv has no working pip");
+            };
+            if !has_pip(&system_python()?) {
+                let line = advice(Package::PythonVenv);
+                return Err(no_venv.context(format!("Python has neither venv nor pip; install them with\n{line}")));
+            }
+            fs::create_dir_all(&site).with_context(|| format!("cannot make {}", site.display()))?;
         }
-        Ok(Self { exe: system, target: Some(dir.join("site")) })
+        Ok(Self { exe: system_python()?, target: Some(site) })
+    }
+
+    /// Python, seeing the packages installed so far.
+    pub(crate) fn command(&self) -> Command {
+        let mut command = workspace::command(&self.exe);
+        command.env("PIP_DISABLE_PIP_VERSION_CHECK", "1").env("PIP_ROOT_USER_ACTION", "ignore");
+        if let Some(target) = &self.target {
+            command.env("PYTHONPATH", target);
+        }
+        command
     }
 
     /// `python -m MODULE`.
     pub(crate) fn module(&self, module: &str) -> Command {
-        let mut command = workspace::command(&self.exe);
-        command.args(["-m", module]).env("PIP_DISABLE_PIP_VERSION_CHECK", "1");
+        let mut command = self.command();
+        command.args(["-m", module]);
         command
-    }
-
-    /// The Python program itself.
-    pub(crate) fn program(&self) -> &Path {
-        &self.exe
     }
 
     /// Installs requirements such as `cmake>=3.26,<5`; an older or broken installation of them is replaced.
@@ -61,8 +69,9 @@ impl Interpreter {
 }
 
 /// Makes a venv in `dir` with the system's Python, by venv or virtualenv.
-pub(crate) fn create_venv(dir: &Path) -> anyhow::Result<()> {
+fn create_venv(dir: &Path) -> anyhow::Result<()> {
     let system = system_python()?;
+    let is_new = !dir.exists();
     let mut failure = None;
     for module in ["venv", "virtualenv"] {
         let made = workspace::capture(workspace::command(&system).args(["-m", module]).arg(dir));
@@ -70,13 +79,15 @@ pub(crate) fn create_venv(dir: &Path) -> anyhow::Result<()> {
             Ok(_) => return Ok(()),
             Err(error) => failure = failure.or(Some(error)), // venv's own words are the useful ones
         }
-        let _ = fs::remove_dir_all(dir); // a half-made venv has a Python without pip
+        if is_new {
+            let _ = fs::remove_dir_all(dir); // a half-made venv has a Python without pip
+        }
     }
     failure.map_or(Ok(()), Err)
 }
 
 /// The venv in `dir`, if it is whole.
-pub(crate) fn existing_venv(dir: &Path) -> Option<Interpreter> {
+fn existing_venv(dir: &Path) -> Option<Interpreter> {
     let exe = ["bin/python", "Scripts/python.exe"].map(|p| dir.join(p));
     let exe = exe.into_iter().find(|exe| exe.is_file() && has_pip(exe))?;
     Some(Interpreter { exe, target: None })

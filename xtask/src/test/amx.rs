@@ -40,8 +40,8 @@ fn assembly(ready: &Ready, include: Option<&Path>) -> anyhow::Result<String> {
     let mut configure = workspace::command(&ready.cmake);
     configure.arg("-S").arg(fixture).arg("-B").arg(&dir);
     configure.env("CXX", &ready.compiler.cxx).env_remove("CMAKE_PROJECT_INCLUDE");
-    if let Some(make) = env::var_os("CMAKE_MAKE_PROGRAM").filter(|_| workspace::which("make").is_none()) {
-        configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", make.to_string_lossy())).arg("-GNinja");
+    if let Some(ninja) = &ready.ninja {
+        configure.arg("-GNinja").arg(format!("-DCMAKE_MAKE_PROGRAM={}", ninja.display()));
     }
     if let Some(include) = include {
         configure.arg(format!("-DCMAKE_PROJECT_INCLUDE={}", include.display()));

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 
 use super::tally::{self, Tally};
-use crate::setup::{self, Ready};
+use crate::setup::{Interpreter, Ready};
 use crate::workspace;
 
 const WHEELS: [&str; 2] = ["openai>=1.50", "pytest>=8"];
@@ -44,19 +44,15 @@ pub(super) fn run(ready: &Ready) -> anyhow::Result<Tally> {
     Ok(tally)
 }
 
-/// The venv with the clients, made once: `target/tools/clients`.
-fn python() -> anyhow::Result<setup::Interpreter> {
-    let dir = workspace::tools().join("clients");
-    if setup::existing_venv(&dir).is_none() {
-        setup::create_venv(&dir)?;
-    }
-    let venv = setup::existing_venv(&dir).context("the clients need a Python with venv and pip")?;
-    let imports = workspace::command(venv.program()).args(["-c", "import openai, pytest"]).output()?;
+/// The Python with the clients, made once in `target/tools/clients`.
+fn python() -> anyhow::Result<Interpreter> {
+    let python = Interpreter::into_dir(&workspace::tools().join("clients"))?;
+    let imports = python.command().args(["-c", "import openai, pytest"]).output()?;
     if !imports.status.success() {
         println!("installing {}", WHEELS.join(", "));
-        venv.install(&WHEELS)?;
+        python.install(&WHEELS)?;
     }
-    Ok(venv)
+    Ok(python)
 }
 
 /// A running server, which does not outlive this step.

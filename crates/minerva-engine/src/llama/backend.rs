@@ -12,9 +12,10 @@ pub(crate) struct LlamaBackend {
 }
 
 impl LlamaBackend {
-    pub(crate) fn new(context: Context) -> Self {
+    /// `n_ubatch` is what the context was made with.
+    pub(crate) fn new(context: Context, n_ubatch: u32) -> Self {
         let batch = Batch::new(&context);
-        Self { n_ubatch: context.n_batch(), context, batch }
+        Self { n_ubatch: n_ubatch.min(context.n_batch()), context, batch }
     }
 
     /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.

@@ -51,7 +51,7 @@ fn load_plan(config: &EngineConfig, plan: &Plan, report: &mut Report<'_>) -> Res
     let context = Context::new(&model, &plan.context)?;
     let has_chat_template = tokenizer.has_chat_template();
     let context_length_tokens = plan.context_length_tokens.min(context.n_ctx_seq());
-    let mut backend = LlamaBackend::new(context);
+    let mut backend = LlamaBackend::new(context, plan.context.n_ubatch);
     progress(report, "warm-up", 0.95)?;
     backend.warm_up();
     progress(report, "ready", 1.0)?;

@@ -1,0 +1,219 @@
+//! Sends one request and notes when its text comes: over HTTP, or straight to an engine in this process.
+
+use std::borrow::Cow;
+use std::time::Instant;
+
+use anyhow::{Context as _, anyhow, bail};
+use bytes::Bytes;
+use minerva_engine::{ChatMessage, Engine, Event, Request};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::answer::Answer;
+use super::http::HttpClient;
+use super::sse::SseParser;
+use super::workload::Ask;
+
+/// Where requests go.
+#[derive(Clone)]
+pub(super) enum Client {
+    Http { http: HttpClient, model: String },
+    Engine(Engine),
+}
+
+impl Client {
+    /// Runs one request to its end, or until its client leaves. What was seen before an error stays in `answer`.
+    pub(super) async fn ask(&self, ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::Result<()> {
+        match self {
+            Self::Http { http, model } => ask_http(http, model, ask, clock, answer).await?,
+            Self::Engine(engine) => ask_engine(engine, ask, clock, answer).await?,
+        }
+        if let Some(tokens) = answer.completion_tokens
+            && tokens != ask.max_tokens
+            && !answer.has_left
+        {
+            bail!("{tokens} tokens came instead of {}", ask.max_tokens);
+        }
+        Ok(())
+    }
+}
+
+/// The body of a streamed chat completion whose length is exact.
+fn body(model: &str, ask: &Ask) -> Bytes {
+    let system = ask.system.as_deref().map(|text| json!({ "role": "system", "content": text }));
+    let user = json!({ "role": "user", "content": ask.user });
+    let messages: Vec<Value> = system.into_iter().chain([user]).collect();
+    let body = json!({
+        "model": model,
+        "messages": messages,
+        "max_tokens": ask.max_tokens,
+        "temperature": 0,
+        "ignore_eos": true,
+        "stream": true,
+        "stream_options": { "include_usage": true },
+    });
+    body.to_string().into()
+}
+
+/// The fields of a chunk that matter here; serde_json skips the others without storing them.
+#[derive(Deserialize)]
+struct Chunk<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Choice<'a>>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(borrow, default)]
+    delta: Delta<'a>,
+}
+
+#[derive(Default, Deserialize)]
+struct Delta<'a> {
+    #[serde(borrow)]
+    content: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    reasoning_content: Option<Cow<'a, str>>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    prompt_tokens_details: Option<PromptDetails>,
+}
+
+#[derive(Deserialize)]
+struct PromptDetails {
+    cached_tokens: Option<u32>,
+}
+
+/// What one event of the stream means for the request.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    GoOn,
+    Leave,
+    Done,
+}
+
+async fn ask_http(
+    http: &HttpClient,
+    model: &str,
+    ask: &Ask,
+    clock: Instant,
+    answer: &mut Answer,
+) -> anyhow::Result<()> {
+    let mut reply = http.post("/v1/chat/completions", body(model, ask)).await?;
+    if !reply.status.is_success() {
+        let text = reply.text().await.unwrap_or_default();
+        bail!("status {}: {}", reply.status.as_u16(), text.chars().take(300).collect::<String>());
+    }
+    let mut parser = SseParser::default();
+    let mut step = Ok(Step::GoOn);
+    while let Some(chunk) = reply.chunk().await? {
+        parser.feed(&chunk, |data| {
+            if matches!(step, Ok(Step::GoOn)) {
+                step = note(data, ask, clock, answer);
+            }
+        });
+        match step? {
+            Step::GoOn => step = Ok(Step::GoOn),
+            // Reading on to the end of the body would find nothing; leaving drops the connection.
+            Step::Leave | Step::Done => return Ok(()),
+        }
+    }
+    Err(anyhow!("the stream ended without [DONE]"))
+}
+
+/// Takes in one event.
+fn note(data: &[u8], ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::Result<Step> {
+    if data == b"[DONE]" {
+        return Ok(Step::Done);
+    }
+    let chunk: Chunk<'_> =
+        serde_json::from_slice(data).with_context(|| format!("an odd chunk: {}", String::from_utf8_lossy(data)))?;
+    if let Some(error) = chunk.error {
+        bail!("the stream failed: {error}");
+    }
+    if let Some(usage) = chunk.usage {
+        answer.prompt_tokens = Some(usage.prompt_tokens);
+        answer.completion_tokens = Some(usage.completion_tokens);
+        answer.cached_tokens = usage.prompt_tokens_details.and_then(|details| details.cached_tokens);
+    }
+    let has_text = |text: &Option<Cow<'_, str>>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let delta = chunk.choices.first().map(|choice| &choice.delta);
+    let is_piece = delta.is_some_and(|delta| has_text(&delta.content) || has_text(&delta.reasoning_content));
+    Ok(if is_piece && answer.piece(clock, ask.leave) { Step::Leave } else { Step::GoOn })
+}
+
+async fn ask_engine(engine: &Engine, ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::Result<()> {
+    let system = ask.system.as_deref().map(ChatMessage::system);
+    let messages = system.into_iter().chain([ChatMessage::user(&*ask.user)]);
+    let mut request = Request::chat(messages).max_tokens(ask.max_tokens).greedy();
+    request.ignore_eos = true;
+    let mut events = engine.generate(request).await?;
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Delta(delta) if !delta.text.is_empty() => {
+                if answer.piece(clock, ask.leave) {
+                    return Ok(());
+                }
+            }
+            Event::Delta(_) | Event::Finished { .. } => {}
+            Event::Done(summary) => {
+                answer.prompt_tokens = Some(summary.prompt_tokens);
+                answer.cached_tokens = Some(summary.cached_tokens);
+                answer.completion_tokens = Some(summary.completion_tokens);
+            }
+            Event::Failed(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::workload::Leave;
+    use super::*;
+
+    fn read(events: &[&str], leave: Option<Leave>) -> (Answer, Vec<anyhow::Result<Step>>) {
+        let ask = Ask { system: None, user: String::new(), max_tokens: 9, leave };
+        let (clock, mut answer) = (Instant::now(), Answer::default());
+        let steps = events.iter().map(|event| note(event.as_bytes(), &ask, clock, &mut answer)).collect();
+        (answer, steps)
+    }
+
+    #[test]
+    fn only_chunks_with_text_are_pieces_and_usage_may_come_without_choices() {
+        let (answer, _) = read(
+            &[
+                r#"{"choices":[{"delta":{"role":"assistant","content":null}}],"id":"x"}"#,
+                r#"{"choices":[{"delta":{"content":""}}]}"#,
+                r#"{"choices":[{"delta":{"content":"a \"b\""}}]}"#,
+                r#"{"choices":[{"delta":{"reasoning_content":"c"}}]}"#,
+                r#"{"choices":[{"delta":{},"finish_reason":"length"}]}"#,
+                r#"{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":9,"prompt_tokens_details":{"cached_tokens":3}}}"#,
+            ],
+            None,
+        );
+        assert_eq!(answer.pieces_ms.len(), 2);
+        let counts = (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens);
+        assert_eq!(counts, (Some(5), Some(9), Some(3)));
+    }
+
+    #[test]
+    fn a_client_leaves_at_the_piece_it_chose() {
+        let piece = r#"{"choices":[{"delta":{"content":"x"}}]}"#;
+        let (answer, steps) = read(&[piece, piece], Some(Leave::AtPiece(2)));
+        assert!(answer.has_left);
+        assert!(matches!(steps[..], [Ok(Step::GoOn), Ok(Step::Leave)]));
+    }
+
+    #[test]
+    fn an_error_in_the_stream_and_a_broken_chunk_are_errors() {
+        let (_, steps) = read(&[r#"{"error":{"message":"no"}}"#, "{", "[DONE]"], None);
+        assert!(matches!(steps[..], [Err(_), Err(_), Ok(Step::Done)]));
+    }
+}

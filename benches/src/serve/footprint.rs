@@ -1,0 +1,89 @@
+//! What a server's process holds: threads, open files, memory, and the gauges that should be 0 when nobody asks anything.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+/// Ends of the names of gauges that count requests or used cells, of Minerva and of llama-server.
+const GAUGES: [&str; 6] =
+    ["requests_running", "requests_queued", "kv_cells_used", "connections_open", "requests_processing", "requests_deferred"];
+
+/// A process at one moment. Fields are `None` where the system does not tell.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Footprint {
+    pub(super) threads: Option<u64>,
+    pub(super) open_files: Option<usize>,
+    pub(super) resident_mib: Option<f64>,
+    /// From `/metrics`, where the server has it.
+    pub(super) gauges: BTreeMap<String, f64>,
+}
+
+impl Footprint {
+    /// Reads what the system tells about process `pid`.
+    pub(super) fn of(pid: Option<u32>, metrics: &str) -> Self {
+        let mut footprint = Self { gauges: gauges(metrics), ..Self::default() };
+        let Some(pid) = pid else { return footprint };
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let number = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        footprint.threads = number("Threads:");
+        footprint.resident_mib = number("VmRSS:").map(|kib| kib as f64 / 1024.0);
+        footprint.open_files = fs::read_dir(format!("/proc/{pid}/fd")).ok().map(Iterator::count);
+        footprint
+    }
+}
+
+/// The gauges of [`GAUGES`] in Prometheus' text format.
+fn gauges(metrics: &str) -> BTreeMap<String, f64> {
+    let samples = metrics.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+    samples
+        .filter(|(name, _)| GAUGES.iter().any(|gauge| name.ends_with(gauge)))
+        .filter_map(|(name, value)| Some((name.to_owned(), value.parse().ok()?)))
+        .collect()
+}
+
+impl fmt::Display for Footprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        parts.extend(self.threads.map(|n| format!("{n} threads")));
+        parts.extend(self.open_files.map(|n| format!("{n} open files")));
+        parts.extend(self.resident_mib.map(|mib| format!("{mib:.0} MiB resident")));
+        parts.extend(self.gauges.iter().map(|(name, value)| format!("{name} {value}")));
+        f.write_str(&parts.join(", "))
+    }
+}
+
+/// CPU time of this process so far, in milliseconds.
+pub(super) fn own_cpu_ms() -> Option<f64> {
+    #[cfg(unix)]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Some(time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6)
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_gauges_that_should_return_to_zero_are_read() {
+        let text = "# TYPE minerva_kv_cells_used gauge\nminerva_kv_cells_used 12\nminerva_kv_cells_total 8192\n\
+                    llamacpp:requests_processing 1\nllamacpp:prompt_tokens_total 5\n";
+        let footprint = Footprint::of(None, text);
+        assert_eq!(footprint.to_string(), "llamacpp:requests_processing 1, minerva_kv_cells_used 12");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn this_process_has_threads_files_and_memory() {
+        let own = Footprint::of(Some(std::process::id()), "");
+        assert!(own.threads >= Some(1) && own.open_files >= Some(3) && own.resident_mib > Some(0.5), "{own}");
+    }
+}

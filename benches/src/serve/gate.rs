@@ -1,0 +1,92 @@
+//! Conditions that a run must meet, such as `one>=1.0`, `one/engine>=0.96` or `shared-prefix.ttft-p99<=0.1`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context as _, bail};
+use clap::ValueEnum as _;
+
+use super::report::{Metric, Report};
+use super::workload::Workload;
+
+/// `WORKLOAD[.METRIC][/CONTENDER]>=RATIO`, or `<=`: a ratio of ours to the other's. `errors` is a count of ours.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gate {
+    pub(super) workload: Workload,
+    metric: Metric,
+    /// `peer` or `engine`.
+    pub(super) other: String,
+    is_floor: bool,
+    limit: f64,
+}
+
+impl FromStr for Gate {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let floor = text.split_once(">=").map(|(what, limit)| (what, limit, true));
+        let found = floor.or_else(|| text.split_once("<=").map(|(what, limit)| (what, limit, false)));
+        let (what, limit, is_floor) = found.context("a gate needs `>=` or `<=`")?;
+        let limit = limit.trim().parse().with_context(|| format!("`{limit}` is not a number"))?;
+        let (what, other) = what.trim().split_once('/').unwrap_or((what.trim(), "peer"));
+        let (workload, metric) = what.split_once('.').unwrap_or((what, "throughput"));
+        let workload =
+            Workload::from_str(workload, false).map_err(|_| anyhow::anyhow!("no workload `{workload}`"))?;
+        let metric = Metric::named(metric).with_context(|| format!("no metric `{metric}`"))?;
+        if !["peer", "engine"].contains(&other) {
+            bail!("`{other}` is neither `peer` nor `engine`");
+        }
+        Ok(Self { workload, metric, other: other.to_owned(), is_floor, limit })
+    }
+}
+
+impl fmt::Display for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = if self.is_floor { ">=" } else { "<=" };
+        write!(f, "{}.{}", self.workload.name(), self.metric.name())?;
+        if self.metric != Metric::Errors {
+            write!(f, "/{}", self.other)?;
+        }
+        write!(f, "{sign}{}", self.limit)
+    }
+}
+
+impl Gate {
+    /// Whether the gate holds, and a line that says so. A figure that is missing, and an error of ours, do not pass.
+    pub(super) fn check(&self, report: &Report) -> (bool, String) {
+        let errors = report.errors(self.workload, "ours");
+        let value = match self.metric {
+            Metric::Errors => errors.map(|n| n as f64),
+            metric => report.ratio(self.workload, metric, &self.other).filter(|_| errors == Some(0)),
+        };
+        let holds = value.is_some_and(|value| if self.is_floor { value >= self.limit } else { value <= self.limit });
+        let shown = value.map_or_else(|| "not measured, or with errors".to_owned(), |value| format!("{value:.3}"));
+        (holds, format!("gate {}: {self} ({shown})", if holds { "holds" } else { "FAILS" }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_read_back_as_they_are_written() {
+        for (text, full) in [
+            ("one>=1.0", "one.throughput/peer>=1"),
+            ("one/engine>=0.96", "one.throughput/engine>=0.96"),
+            ("shared-prefix.ttft-p99<=0.1", "shared-prefix.ttft-p99/peer<=0.1"),
+            ("abort.errors <= 0", "abort.errors<=0"),
+        ] {
+            let gate: Gate = text.replace(' ', "").parse().expect(text);
+            assert_eq!(gate.to_string(), full);
+            assert_eq!(full.parse::<Gate>().expect(full), gate);
+        }
+    }
+
+    #[test]
+    fn a_gate_that_cannot_be_read_is_refused() {
+        for text in ["one", "one>=x", "two>=1", "one.speed>=1", "one/them>=1", ""] {
+            assert!(text.parse::<Gate>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! An HTTP load tool for OpenAI-compatible servers: the workloads of design.md, section 4, against ours and a peer.
+//!
+//! Contenders take turns within one run (ours, peer, engine, ours, …), since only ratios of neighbouring rounds mean
+//! anything on a machine that others use too. Everything runs on one thread and little of it, because the servers need
+//! the cores. Start with [`workload`](workload::Workload) for what is asked and `answer` for what is made of it; `drive` runs
+//! a round; `direct` is the engine without a server.
+
+mod answer;
+mod args;
+mod client;
+mod contender;
+mod direct;
+mod drive;
+mod footprint;
+mod gate;
+mod http;
+mod process;
+mod prompts;
+mod report;
+mod sse;
+mod stats;
+mod table;
+mod workload;
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, bail};
+use serde_json::json;
+
+pub use args::Args;
+pub use gate::Gate;
+pub use workload::Workload;
+
+use answer::Figures;
+use contender::Contender;
+use http::HttpClient;
+use process::ServerProcess;
+use report::Report;
+use workload::Round;
+
+/// Runs everything that `args` ask for; `say` gets a line whenever something is done, and the report last.
+/// `false` when a gate does not hold.
+///
+/// # Errors
+/// When a server cannot be started or asked, or a report cannot be written. Failed requests are figures, not errors.
+pub fn run(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
+    if args.engine_worker {
+        direct::serve_orders(args.engine_config()?)?;
+        return Ok(true);
+    }
+    check(args)?;
+    runtime()?.block_on(compare(args, say))
+}
+
+/// One thread: the load must not compete with the servers.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+/// Refuses what could only fail after minutes of measuring.
+fn check(args: &Args) -> anyhow::Result<()> {
+    let has_peer = args.peer.is_some() || args.peer_server.is_some();
+    for gate in &args.gate {
+        let is_there = gate.to_string().contains(".errors") || if gate.other == "peer" { has_peer } else { args.engine_beside };
+        if !is_there {
+            bail!("gate {gate}: there is no {} in this run", gate.other);
+        }
+        if !args.workload.contains(&gate.workload) {
+            bail!("gate {gate}: the workload is not in this run");
+        }
+    }
+    Ok(())
+}
+
+async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
+    let seed = args.seed.unwrap_or_else(clock_seed);
+    let mut contenders = contenders(args).await?;
+    let mut report = Report::default();
+    report.heading.push(format!(
+        "seed {seed}, {} rounds, scale {}, contenders by turns; before each round one request of 8 tokens, not counted",
+        args.rounds, args.scale,
+    ));
+    report.heading.push(
+        "POST /v1/chat/completions, streamed, greedy, `ignore_eos`, a connection per request; prompts are words at random, \
+         another set for each request and round"
+            .to_owned(),
+    );
+    report.heading.extend(contenders.iter().map(|contender| format!("{}: {}", contender.name, contender.line)));
+    report.heading.iter().for_each(|line| say(line));
+    report.about = json!({
+        "seed": seed,
+        "rounds": args.rounds,
+        "scale": args.scale,
+        "contenders": contenders.iter().map(|c| json!({ "name": c.name, "line": c.line, "about": c.about })).collect::<Vec<_>>(),
+    });
+
+    let timeout = Duration::from_secs_f64(args.timeout);
+    for &workload in &args.workload {
+        for round in 0..args.rounds {
+            // A server that is its own peer must not find its own prompts in its cache.
+            let is_same = args.peer.is_some() && args.peer == args.url;
+            for (turn, contender) in contenders.iter_mut().enumerate() {
+                let seed = if is_same { seed.wrapping_add(turn as u64) } else { seed };
+                let sample = contender.run(Round { workload, scale: args.scale, seed, round }, timeout).await?;
+                let figures = Figures::of(&sample, workload.shape(args.scale).beside.as_ref());
+                say(&progress(workload, round, contender.name, &figures));
+                let series = report.series_mut(workload, contender.name);
+                series.figures.push(figures);
+                series.samples.push(sample);
+            }
+        }
+    }
+
+    let checked: Vec<_> = args.gate.iter().map(|gate| gate.check(&report)).collect();
+    report.gates = checked.iter().map(|(_, line)| line.clone()).collect();
+    let markdown = report.markdown();
+    say(&format!("\n{}", markdown.trim_end()));
+    let write = |path: &std::path::Path, text: &str| {
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    if let Some(path) = &args.markdown {
+        write(path, &markdown)?;
+    }
+    if let Some(path) = &args.json {
+        write(path, &serde_json::to_string(&report.json())?)?;
+    }
+    Ok(checked.iter().all(|(holds, _)| *holds))
+}
+
+/// Starts or finds everybody, in the order of their turns.
+async fn contenders(args: &Args) -> anyhow::Result<Vec<Contender>> {
+    let mut contenders = Vec::new();
+    let sides = [
+        ("ours", args.url.as_deref(), Some(args.server_path()?), &args.server_arg, &args.model_name, args.pid),
+        ("peer", args.peer.as_deref(), args.peer_server.clone(), &args.peer_arg, &args.peer_model, args.peer_pid),
+    ];
+    for (name, url, program, extra, model, pid) in sides {
+        let mut process = None;
+        let url = match (url, program) {
+            (Some(url), _) => url.to_owned(),
+            (None, Some(program)) => {
+                let started = ServerProcess::start(name, &program, &args.server_flags(extra)?)?;
+                process.insert(started).url.clone()
+            }
+            (None, None) => continue,
+        };
+        let api_key = if name == "peer" { &args.peer_api_key } else { &args.api_key };
+        let http = HttpClient { url: url.parse()?, api_key: api_key.clone() };
+        if let Some(process) = &mut process {
+            process.wait_until_ready(&http).await?;
+        }
+        let pid = pid.or(process.as_ref().map(ServerProcess::pid));
+        contenders.push(Contender::server(name, http, model.clone(), pid, process).await?);
+    }
+    if args.engine_beside {
+        contenders.push(Contender::engine(&args.engine_config()?)?);
+    }
+    Ok(contenders)
+}
+
+/// A line per round, so that a long run shows that it lives.
+fn progress(workload: Workload, round: u64, name: &str, figures: &Figures) -> String {
+    let shown = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.1}"));
+    format!(
+        "{} round {}, {name}: {} tok/s, TTFT p50 {} ms, gap p99 {} ms, {} errors",
+        workload.name(),
+        round + 1,
+        shown(figures.throughput),
+        shown(figures.ttft_p50_ms),
+        shown(figures.gap_p99_ms),
+        figures.errors,
+    )
+}
+
+/// Another seed for each run: a server that lives on must not find the prompts of the last run in its cache.
+fn clock_seed() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64)
+}

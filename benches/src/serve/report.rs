@@ -1,0 +1,297 @@
+//! The figures of a run: medians over its rounds, a table that is valid Markdown, and JSON with everything raw.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::answer::{Figures, Sample};
+use super::stats::median;
+use super::table::Table;
+use super::workload::Workload;
+
+/// What can be compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Metric {
+    Throughput,
+    TtftP50,
+    TtftP99,
+    GapP50,
+    GapP99,
+    LongRate,
+    Errors,
+}
+
+impl Metric {
+    const ALL: [(Self, &'static str); 7] = [
+        (Self::Throughput, "throughput"),
+        (Self::TtftP50, "ttft-p50"),
+        (Self::TtftP99, "ttft-p99"),
+        (Self::GapP50, "gap-p50"),
+        (Self::GapP99, "gap-p99"),
+        (Self::LongRate, "long-rate"),
+        (Self::Errors, "errors"),
+    ];
+
+    pub(super) fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(_, known)| *known == name).map(|(metric, _)| *metric)
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(metric, _)| *metric == self).map_or("", |(_, name)| name)
+    }
+
+    fn of(self, figures: &Figures) -> Option<f64> {
+        match self {
+            Self::Throughput => figures.throughput,
+            Self::TtftP50 => figures.ttft_p50_ms,
+            Self::TtftP99 => figures.ttft_p99_ms,
+            Self::GapP50 => figures.gap_p50_ms,
+            Self::GapP99 => figures.gap_p99_ms,
+            Self::LongRate => figures.long_prompts_per_minute,
+            Self::Errors => Some(figures.errors as f64),
+        }
+    }
+}
+
+/// All rounds of one workload against one contender.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Series {
+    pub(super) workload: Workload,
+    pub(super) contender: &'static str,
+    pub(super) figures: Vec<Figures>,
+    pub(super) samples: Vec<Sample>,
+}
+
+impl Series {
+    fn values(&self, metric: Metric) -> impl Iterator<Item = f64> {
+        self.figures.iter().filter_map(move |figures| metric.of(figures))
+    }
+
+    fn median(&self, metric: Metric) -> Option<f64> {
+        median(self.values(metric))
+    }
+}
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    /// What was run, a line each.
+    pub(super) heading: Vec<String>,
+    /// The contenders in full and the settings, for the JSON.
+    pub(super) about: Value,
+    pub(super) series: Vec<Series>,
+    /// What the gates said.
+    pub(super) gates: Vec<String>,
+}
+
+const COLUMNS: [(Metric, &str); 5] = [
+    (Metric::Throughput, "tok/s"),
+    (Metric::TtftP50, "TTFT p50 ms"),
+    (Metric::TtftP99, "TTFT p99"),
+    (Metric::GapP50, "gap p50 ms"),
+    (Metric::GapP99, "gap p99"),
+];
+
+impl Report {
+    /// The series of one workload and contender, made when it is not there yet.
+    pub(super) fn series_mut(&mut self, workload: Workload, contender: &'static str) -> &mut Series {
+        let found = self.series.iter().position(|s| s.workload == workload && s.contender == contender);
+        let at = found.unwrap_or_else(|| {
+            self.series.push(Series { workload, contender, figures: Vec::new(), samples: Vec::new() });
+            self.series.len() - 1
+        });
+        &mut self.series[at]
+    }
+
+    fn find(&self, workload: Workload, contender: &str) -> Option<&Series> {
+        self.series.iter().find(|series| series.workload == workload && series.contender == contender)
+    }
+
+    /// Ours / the other's, of the medians over rounds.
+    pub(super) fn ratio(&self, workload: Workload, metric: Metric, other: &str) -> Option<f64> {
+        let median = |contender| self.find(workload, contender)?.median(metric);
+        let ratio = median("ours")? / median(other)?;
+        ratio.is_finite().then_some(ratio)
+    }
+
+    /// Errors over all rounds; `None` when the workload was not run.
+    pub(super) fn errors(&self, workload: Workload, contender: &str) -> Option<usize> {
+        Some(self.find(workload, contender)?.figures.iter().map(|figures| figures.errors).sum())
+    }
+
+    /// The smallest and largest ratio of two rounds that ran one after the other.
+    fn ratio_range(&self, workload: Workload, metric: Metric, other: &str) -> Option<(f64, f64)> {
+        let (ours, theirs) = (self.find(workload, "ours")?, self.find(workload, other)?);
+        let ratios = ours.values(metric).zip(theirs.values(metric)).map(|(ours, theirs)| ours / theirs);
+        ratios.fold(None, |range, ratio| match range {
+            None => Some((ratio, ratio)),
+            Some((low, high)) => Some((f64::min(low, ratio), f64::max(high, ratio))),
+        })
+    }
+
+    /// Heading, table, notes and gates as Markdown that reads well in a terminal.
+    pub(super) fn markdown(&self) -> String {
+        let mut lines: Vec<String> = self.heading.iter().map(|line| format!("- {line}")).collect();
+        lines.push(String::new());
+        lines.push(self.table().render());
+        lines.push("Medians over rounds; a ratio's range is over pairs of neighbouring rounds.".to_owned());
+        lines.push(String::new());
+        lines.extend(self.series.iter().flat_map(notes).map(|note| format!("- {note}")));
+        if !self.gates.is_empty() {
+            lines.push(String::new());
+            lines.extend(self.gates.iter().map(|gate| format!("- {gate}")));
+        }
+        lines.join("\n") + "\n"
+    }
+
+    fn table(&self) -> Table {
+        let titles = ["workload", "who"].into_iter().chain(COLUMNS.map(|(_, title)| title)).chain(["errors"]);
+        let mut table = Table::new(titles);
+        for series in &self.series {
+            let is_first = self.series.iter().find(|s| s.workload == series.workload).map(|s| s.contender);
+            let workload = if is_first == Some(series.contender) { series.workload.name() } else { "" };
+            let figures = COLUMNS.map(|(metric, _)| number(series.median(metric)));
+            let requests: usize = series.figures.iter().map(|f| f.requests).sum();
+            let errors: usize = series.figures.iter().map(|f| f.errors).sum();
+            let row = [workload.to_owned(), series.contender.to_owned()].into_iter().chain(figures);
+            table.row(row.chain([format!("{errors} of {requests}")]));
+
+            let is_last = self.series.iter().rfind(|s| s.workload == series.workload).map(|s| s.contender);
+            if is_last == Some(series.contender) {
+                self.ratio_rows(series.workload, &mut table);
+            }
+        }
+        table
+    }
+
+    fn ratio_rows(&self, workload: Workload, table: &mut Table) {
+        for other in ["peer", "engine"] {
+            if self.find(workload, "ours").is_none() || self.find(workload, other).is_none() {
+                continue;
+            }
+            let ratios = COLUMNS.map(|(metric, _)| {
+                let ratio = self.ratio(workload, metric, other);
+                let range = self.ratio_range(workload, metric, other).filter(|_| metric == Metric::Throughput);
+                match (ratio, range) {
+                    (Some(ratio), Some((low, high))) => format!("{ratio:.3} ({low:.2}–{high:.2})"),
+                    (Some(ratio), None) => format!("{ratio:.2}"),
+                    (None, _) => "–".to_owned(),
+                }
+            });
+            let row = [String::new(), format!("ours / {other}")].into_iter().chain(ratios);
+            table.row(row.chain([String::new()]));
+        }
+    }
+
+    /// Everything, raw samples included.
+    pub(super) fn json(&self) -> Value {
+        json!({ "heading": self.heading, "about": self.about, "series": self.series, "gates": self.gates })
+    }
+}
+
+/// Three digits that matter.
+fn number(value: Option<f64>) -> String {
+    match value {
+        None => "–".to_owned(),
+        Some(value) if value.abs() < 10.0 => format!("{value:.2}"),
+        Some(value) if value.abs() < 100.0 => format!("{value:.1}"),
+        Some(value) => format!("{value:.0}"),
+    }
+}
+
+/// What the table has no room for: counts, what was cached, the load tool's own cost, what the process held.
+fn notes(series: &Series) -> Vec<String> {
+    let Some(first) = series.figures.first() else { return Vec::new() };
+    let who = format!("{}, {}", series.workload.name(), series.contender);
+    let cpu = median(series.figures.iter().filter_map(|f| f.load_cpu_percent));
+    let mut notes = vec![format!(
+        "{who}: {} requests a round, {} prompt tokens ({} of them cached), {:.0} tokens in {} pieces; the load tool took \
+         {} % of one core",
+        first.requests,
+        first.prompt_tokens,
+        first.cached_tokens,
+        first.completion_tokens,
+        first.pieces,
+        number(cpu),
+    )];
+    let is_private = !matches!(series.workload, Workload::SharedPrefix);
+    if is_private && first.cached_tokens * 2 > first.prompt_tokens {
+        notes.push(format!("{who}: WARNING: most of the prompts were cached; use another --seed"));
+    }
+    if let Some(rate) = series.median(Metric::LongRate) {
+        let alone = number(median(series.figures.iter().filter_map(|f| f.alone_gap_p99_ms)));
+        notes.push(format!("{who}: {} long prompts a minute; gap p99 before them {alone} ms", number(Some(rate))));
+    }
+    if series.workload == Workload::Abort {
+        let (left, early): (usize, usize) =
+            series.figures.iter().fold((0, 0), |(a, b), f| (a + f.left, b + f.left_before_text));
+        notes.push(format!("{who}: {left} requests left, {early} of them before any text"));
+        for (round, sample) in series.samples.iter().enumerate() {
+            if let (Some(before), Some(after)) = (&sample.before, &sample.after) {
+                notes.push(format!("{who}, round {}: before: {before}; after: {after}", round + 1));
+            }
+        }
+    } else if let Some(after) = series.samples.last().and_then(|sample| sample.after.as_ref()?.resident_mib) {
+        notes.push(format!("{who}: {after:.0} MiB resident at the end"));
+    }
+    let answers = series.samples.iter().flat_map(|sample| &sample.answers);
+    let errors: BTreeSet<&str> = answers.filter_map(|answer| answer.error.as_deref()).collect();
+    notes.extend(errors.iter().take(3).map(|error| format!("{who}: error: {error}")));
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report { heading: vec!["seed 1".to_owned()], ..Report::default() };
+        for (contender, speeds) in [("ours", [110.0, 100.0, 120.0]), ("peer", [100.0, 100.0, 80.0])] {
+            let figures = speeds.map(|speed| Figures {
+                throughput: Some(speed),
+                ttft_p50_ms: Some(1000.0 / speed),
+                requests: 8,
+                errors: usize::from(speed < 90.0),
+                ..Figures::default()
+            });
+            report.series_mut(Workload::One, contender).figures.extend(figures);
+        }
+        report
+    }
+
+    #[test]
+    fn a_ratio_is_of_medians_and_its_range_of_neighbours() {
+        let report = report();
+        assert_eq!(report.ratio(Workload::One, Metric::Throughput, "peer"), Some(1.1));
+        assert_eq!(report.ratio_range(Workload::One, Metric::Throughput, "peer"), Some((1.0, 1.5)));
+        assert_eq!(report.ratio(Workload::One, Metric::GapP50, "peer"), None);
+        assert_eq!(report.errors(Workload::One, "peer"), Some(1));
+        assert_eq!(report.errors(Workload::Eight, "ours"), None);
+    }
+
+    #[test]
+    fn the_table_has_a_row_per_contender_and_one_for_the_ratio() {
+        let expected = "\
+| workload | who         |             tok/s | TTFT p50 ms | TTFT p99 | gap p50 ms | gap p99 |  errors |
+|----------|-------------|------------------:|------------:|---------:|-----------:|--------:|--------:|
+| one      | ours        |               110 |        9.09 |        – |          – |       – | 0 of 24 |
+|          | peer        |               100 |        10.0 |        – |          – |       – | 1 of 24 |
+|          | ours / peer | 1.100 (1.00–1.50) |        0.91 |        – |          – |       – |         |
+";
+        assert_eq!(report().table().render(), expected);
+    }
+
+    #[test]
+    fn gates_compare_ours_with_the_other_and_errors_fail_them() {
+        let mut report = report();
+        let check = |report: &Report, gate: &str| gate.parse::<super::super::gate::Gate>().expect(gate).check(report).0;
+        assert!(check(&report, "one>=1.1"));
+        assert!(!check(&report, "one>=1.2"));
+        assert!(check(&report, "one.ttft-p50<=0.95"));
+        assert!(check(&report, "one.errors<=0"));
+        assert!(!check(&report, "one/engine>=0.1"), "what was not measured does not pass");
+        report.series_mut(Workload::One, "ours").figures[0].errors = 1;
+        assert!(!check(&report, "one>=1.1"));
+    }
+}

@@ -1,0 +1,151 @@
+//! The parameters that chat and plain completions share.
+
+use minerva_engine::{ModelInfo, Request, SamplingParams, TokenId};
+use serde_json::Value as Json;
+
+use super::error::ApiError;
+use super::fields::{Fields, float};
+use crate::state::App;
+
+/// More than any client sends; OpenAI takes 4.
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 1_024;
+/// OpenAI's limit.
+pub(crate) const MAX_TOP_LOGPROBS: u32 = 20;
+
+/// How the answer is to be sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Delivery {
+    pub(crate) stream: bool,
+    /// `stream_options.include_usage`.
+    pub(crate) include_usage: bool,
+}
+
+/// Checks `model`: the model's name, `default`, or nothing.
+pub(crate) fn check_model(fields: &mut Fields, app: &App, info: &ModelInfo) -> Result<(), ApiError> {
+    let Some(name) = fields.string("model")? else { return Ok(()) };
+    if name == info.name || name == "default" || app.settings.accept_any_model {
+        return Ok(());
+    }
+    Err(ApiError::unknown_model(&name, Some(&info.name)))
+}
+
+/// `stream` and `stream_options`.
+pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, ApiError> {
+    let stream = fields.bool("stream")?.unwrap_or(false);
+    let include_usage = match fields.take("stream_options") {
+        None => false,
+        Some(json) => Fields::nested(json, "stream_options")?.bool("include_usage")?.unwrap_or(false),
+    };
+    Ok(Delivery { stream, include_usage })
+}
+
+/// A request for `info`'s model with everything but the prompt and `logprobs` filled in.
+pub(crate) fn request(fields: &mut Fields, info: &ModelInfo) -> Result<Request, ApiError> {
+    let max_tokens = fields.count("max_tokens", 1, u32::MAX)?;
+    let max_completion_tokens = fields.count("max_completion_tokens", 1, u32::MAX)?;
+    // llama-server's name, with -1 for "as many as fit".
+    let n_predict = fields.integer("n_predict", -1, u32::MAX.into())?;
+    let n_predict = n_predict.and_then(|n| u32::try_from(n).ok());
+    if n_predict == Some(0) {
+        return Err(ApiError::wrong_value("n_predict", "-1 or at least 1"));
+    }
+    Ok(Request {
+        n: fields.count("n", 1, info.n_seq_max.max(1))?.unwrap_or(1),
+        max_tokens: max_completion_tokens.or(max_tokens).or(n_predict),
+        stop: stop(fields)?,
+        ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+        sampling: sampling(fields)?,
+        cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
+        ..Request::default()
+    })
+}
+
+fn sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
+    let defaults = SamplingParams::default();
+    let mut params = SamplingParams {
+        logit_bias: logit_bias(fields)?,
+        // -1 is llama-server's "draw one"; other negative seeds are seeds.
+        seed: fields
+            .integer("seed", i64::MIN.into(), u64::MAX.into())?
+            .filter(|seed| *seed != -1)
+            .map(|seed| seed as u64),
+        top_k: fields.integer("top_k", i32::MIN.into(), i32::MAX.into())?.map_or(defaults.top_k, |value| value as i32),
+        repeat_last_n: fields
+            .integer("repeat_last_n", i32::MIN.into(), i32::MAX.into())?
+            .map_or(defaults.repeat_last_n, |value| value as i32),
+        ..defaults
+    };
+    for (name, value) in [
+        ("temperature", &mut params.temperature),
+        ("top_p", &mut params.top_p),
+        ("min_p", &mut params.min_p),
+        ("typical_p", &mut params.typical_p),
+        ("repeat_penalty", &mut params.repeat_penalty),
+        ("frequency_penalty", &mut params.frequency_penalty),
+        ("presence_penalty", &mut params.presence_penalty),
+    ] {
+        if let Some(given) = fields.float(name)? {
+            *value = given;
+        }
+    }
+    Ok(params)
+}
+
+/// OpenAI's map from token id (as text) to bias.
+fn logit_bias(fields: &mut Fields) -> Result<Vec<(TokenId, f32)>, ApiError> {
+    let map = match fields.take("logit_bias") {
+        None => return Ok(Vec::new()),
+        Some(Json::Object(map)) => map,
+        Some(other) => return Err(ApiError::wrong_type("logit_bias", "an object from token ids to numbers", &other)),
+    };
+    let entry = |(token, bias): (&String, &Json)| {
+        let id = token.parse::<TokenId>().ok().filter(|id| *id >= 0);
+        let id = id.ok_or_else(|| ApiError::wrong_value("logit_bias", "an object whose keys are token ids"))?;
+        let bias = float(bias, "logit_bias")?;
+        if (-100.0..=100.0).contains(&bias) {
+            Ok((id, bias))
+        } else {
+            Err(ApiError::wrong_value("logit_bias", "an object whose values are between -100 and 100"))
+        }
+    };
+    map.iter().map(entry).collect()
+}
+
+/// One text or several.
+fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
+    let stops = match fields.take("stop") {
+        None => return Ok(Vec::new()),
+        Some(Json::String(text)) => vec![text],
+        Some(Json::Array(items)) => {
+            let text = |item| match item {
+                Json::String(text) => Ok(text),
+                other => Err(ApiError::wrong_type("stop", "a string or an array of strings", &other)),
+            };
+            items.into_iter().map(text).collect::<Result<_, _>>()?
+        }
+        Some(other) => return Err(ApiError::wrong_type("stop", "a string or an array of strings", &other)),
+    };
+    if stops.len() > MAX_STOPS || stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+        let wanted = format!("at most {MAX_STOPS} strings of 1 to {MAX_STOP_BYTES} bytes");
+        return Err(ApiError::wrong_value("stop", &wanted));
+    }
+    Ok(stops)
+}
+
+/// Deals with the fields that are left: those that would silently not happen are refused, others ignored or, with
+/// `--strict`, refused too.
+pub(crate) fn finish(mut fields: Fields, app: &App) -> Result<(), ApiError> {
+    super::unsupported::check(&mut fields)?;
+    let unknown: Vec<String> = fields.into_unknown().map(|name| name.chars().take(64).collect()).take(32).collect();
+    match unknown.first() {
+        Some(name) if app.settings.strict => {
+            Err(ApiError::field(name.clone(), "unknown_parameter", format!("`{name}` is not known to this server")))
+        }
+        Some(_) => {
+            tracing::debug!(fields = ?unknown, "ignored unknown request fields");
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,253 @@
+//! The command line, built from the table of settings.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use super::kind::Kind;
+use super::settings::Setting;
+use super::{ConfigError, SETTINGS, Values};
+
+/// Which binary reads its command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// `minerva-server`: serves, nothing else.
+    Server,
+    /// `minerva`: subcommands; without one it serves.
+    Minerva,
+}
+
+/// What the command line asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Action {
+    /// Load the model and answer requests.
+    #[default]
+    Serve,
+    /// Print every setting and its source.
+    Config(ReportFormat),
+    /// Print what is known about devices, memory and the build (`--gpu=debug`).
+    Diagnose,
+}
+
+/// How settings are printed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ReportFormat {
+    /// A table for people.
+    #[default]
+    Table,
+    /// Name, value and source of each setting.
+    Json,
+    /// The reference, without values of this machine: docs/configuration.md.
+    Markdown,
+}
+
+/// A parsed command line.
+#[derive(Debug, Clone, Default)]
+pub struct Invocation {
+    /// What to do.
+    pub action: Action,
+    /// `--config FILE`.
+    pub config_file: Option<PathBuf>,
+    /// The settings given as flags.
+    pub(crate) values: Values,
+}
+
+impl Invocation {
+    /// Parses the arguments, the program's name first.
+    ///
+    /// # Errors
+    /// clap's text (help and version come this way too), or a value that its setting does not allow.
+    pub fn parse(program: Program, args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
+        let matches = command(program).try_get_matches_from(expand_dashes(args))?;
+        let mut action = Action::Serve;
+        let mut matches = &matches;
+        if let Some((name, inner)) = matches.subcommand() {
+            if name == "config" {
+                action = Action::Config(match (inner.get_flag("json"), inner.get_flag("markdown")) {
+                    (true, _) => ReportFormat::Json,
+                    (_, true) => ReportFormat::Markdown,
+                    _ => ReportFormat::Table,
+                });
+            }
+            matches = inner; // global arguments are visible from the inside, wherever they were written
+        }
+        let mut invocation =
+            Self { action, config_file: matches.get_one::<PathBuf>("config-file").cloned(), values: Values::new() };
+        for setting in SETTINGS {
+            let Some(text) = given(setting, matches) else { continue };
+            if setting.path == "gpu.device" && text == "debug" {
+                invocation.action = Action::Diagnose;
+                continue;
+            }
+            let value = setting.kind.parse_text(&text).map_err(|allowed| ConfigError::Value {
+                place: format!("`--{}`", setting.flag),
+                given: if setting.kind.is_secret() { "not usable".to_owned() } else { format!("`{text}`") },
+                allowed,
+            })?;
+            invocation.values.push((setting, value));
+        }
+        Ok(invocation)
+    }
+}
+
+/// The flag's text, if it was given; several of a list in one.
+fn given(setting: &Setting, matches: &ArgMatches) -> Option<String> {
+    if let Some(off) = setting.off
+        && matches.get_flag(off)
+    {
+        return Some("false".to_owned());
+    }
+    let texts = matches.get_many::<String>(setting.path)?;
+    Some(texts.map(String::as_str).collect::<Vec<_>>().join(","))
+}
+
+fn command(program: Program) -> Command {
+    let name = if program == Program::Server { "minerva-server" } else { "minerva" };
+    let config_file =
+        Arg::new("config-file").long("config").value_name("FILE").value_parser(clap::value_parser!(PathBuf));
+    let mut command = Command::new(name)
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Serves a GGUF language model through llama.cpp over an OpenAI-compatible HTTP API")
+        .args_override_self(true)
+        .arg(config_file.global(true).help("The config file [env: MINERVA_CONFIG] [default: ~/.minerva/config.json]"))
+        .args(SETTINGS.iter().flat_map(args));
+    if program == Program::Minerva {
+        let json = Arg::new("json").long("json").action(ArgAction::SetTrue).help("As JSON");
+        let markdown = Arg::new("markdown").long("markdown").action(ArgAction::SetTrue);
+        let markdown = markdown.conflicts_with("json").help("The reference of all settings: docs/configuration.md");
+        command = command.subcommand(Command::new("serve").about("Serve; the same as no subcommand")).subcommand(
+            Command::new("config").about("Print each setting's value and where it came from").args([json, markdown]),
+        );
+    }
+    command
+}
+
+fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
+    let (section, key) = setting.section_and_key();
+    let heading = match section {
+        "model" => "Model",
+        "gpu" => "Device",
+        "performance" => "Speed and memory",
+        _ => "Server",
+    };
+    let words = if let Kind::OneOf(words) = setting.kind { format!(" [{}]", words.join("|")) } else { String::new() };
+    let dash = setting.dash.map_or_else(String::new, |dash| format!(" [also: -{dash}]"));
+    let mut arg = Arg::new(setting.path)
+        .long(setting.flag)
+        .visible_aliases(setting.aliases.iter().copied())
+        .global(true)
+        .help_heading(heading)
+        .help(format!("{}{words}{dash} [env: {}]", setting.help, setting.env))
+        .hide_short_help(section == "server" && setting.path.ends_with("_seconds"));
+    if let Some(short) = setting.short {
+        arg = arg.short(short);
+    }
+    arg = match setting.kind {
+        Kind::Bool => arg.num_args(0..=1).require_equals(true).default_missing_value("true").value_name("BOOL"),
+        Kind::List { .. } => arg.action(ArgAction::Append).value_name("TEXT"),
+        Kind::Uint { .. } => arg.value_name("N").allow_negative_numbers(true),
+        Kind::Seconds { .. } => arg.value_name("SECONDS"),
+        Kind::Megabytes | Kind::Bytes { .. } => arg.value_name("SIZE"),
+        Kind::Device => arg.value_name("DEVICE"),
+        Kind::OneOf(_) => arg.value_name("WORD"),
+        Kind::Text if key.ends_with("path") || key.ends_with("file") => arg.value_name("FILE"),
+        Kind::Text => arg.value_name("TEXT"),
+    };
+    let off = setting.off.map(|off| {
+        let help = format!("The same as --{}=false", setting.flag);
+        let off = Arg::new(off).long(off).action(ArgAction::SetTrue).global(true).help_heading(heading).help(help);
+        off.overrides_with(setting.path)
+    });
+    if setting.off.is_some() {
+        arg = arg.overrides_with(setting.off.unwrap_or_default());
+    }
+    std::iter::once(arg).chain(off)
+}
+
+/// Turns llama-server's `-ngl 5` and `-ngl=5` into `--n-gpu-layers 5`: clap would read `-n -g -l`.
+fn expand_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut is_literal = false;
+    let expand = |arg: OsString| {
+        let Some(text) = arg.to_str() else { return arg };
+        is_literal |= text == "--";
+        let Some(name) = text.strip_prefix('-').filter(|name| !is_literal && !name.starts_with('-')) else {
+            return arg;
+        };
+        let (name, value) = name.split_once('=').map_or((name, None), |(name, value)| (name, Some(value)));
+        let Some(setting) = SETTINGS.iter().find(|setting| setting.dash == Some(name)) else { return arg };
+        OsString::from(match value {
+            Some(value) => format!("--{}={value}", setting.flag),
+            None => format!("--{}", setting.flag),
+        })
+    };
+    args.into_iter().map(expand).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load;
+    use super::*;
+
+    fn parse(line: &str) -> Result<Invocation, ConfigError> {
+        Invocation::parse(Program::Minerva, line.split(' ').map(OsString::from))
+    }
+
+    #[test]
+    fn the_command_is_one_that_clap_finds_consistent() {
+        command(Program::Minerva).debug_assert();
+        command(Program::Server).debug_assert();
+    }
+
+    #[test]
+    fn the_usual_flags_of_llama_server_work() {
+        let line = "minerva -m a.gguf -c 8192 --ctx 1024 -ngl 40 -np=8 -t 4 -tb 6 -b 1024 -ub=256 -fa on -ctk q8_0 -ctv q8_0 \
+                    --host ::1 --port 9 --api-key one --api-key two,three --no-mmap -kvu";
+        let config = load(&parse(line).unwrap(), []).unwrap().config;
+        let (gpu, performance) = (&config.gpu, &config.performance);
+        assert_eq!((gpu.layers_to_gpu, gpu.context_size, performance.kv_cells), (Some(40), Some(1024), Some(8192)));
+        assert_eq!(
+            (performance.batch_size, performance.threads, performance.threads_batch),
+            (Some(8), Some(4), Some(6))
+        );
+        assert_eq!((performance.n_batch, performance.n_ubatch, performance.kv_unified), (1024, 256, true));
+        assert!(!performance.mmap);
+        assert_eq!(config.server.api_keys, ["one", "two", "three"]);
+        assert_eq!(config.address().unwrap().to_string(), "[::1]:9");
+    }
+
+    #[test]
+    fn minus_one_all_and_auto_are_layers_too_and_the_last_flag_wins() {
+        let layers = |line: &str| load(&parse(line).unwrap(), []).unwrap().config.gpu.layers_to_gpu;
+        assert_eq!(layers("minerva -ngl 3 -ngl -1"), None);
+        assert_eq!(layers("minerva -ngl all"), Some(10_000));
+        assert_eq!(layers("minerva --n-gpu-layers=5 -ngl=7"), Some(7));
+    }
+
+    #[test]
+    fn a_wrong_value_names_the_flag_and_the_limit() {
+        assert_eq!(
+            parse("minerva --port 70000").unwrap_err().to_string(),
+            "`--port` is `70000`: it must be a whole number from 0 to 65535"
+        );
+        assert!(parse("minerva --prot 1").unwrap_err().to_string().contains("--port"));
+    }
+
+    #[test]
+    fn gpu_debug_is_an_action_and_flags_may_stand_on_either_side_of_a_subcommand() {
+        assert_eq!(parse("minerva --gpu=debug").unwrap().action, Action::Diagnose);
+        let before = parse("minerva --port 1 config --json").unwrap();
+        assert_eq!((before.action, before.values.len()), (Action::Config(ReportFormat::Json), 1));
+        let after = parse("minerva serve --port 1").unwrap();
+        assert_eq!((after.action, after.values.len()), (Action::Serve, 1));
+    }
+
+    #[test]
+    fn switches_take_a_bare_flag_a_value_or_their_opposite() {
+        let fallback = |line: &str| load(&parse(line).unwrap(), []).unwrap().config.gpu.fallback_to_cpu;
+        assert!(!fallback("minerva --no-fallback"));
+        assert!(!fallback("minerva --cpu-fallback=off"));
+        assert!(fallback("minerva --cpu-fallback"));
+        assert!(fallback("minerva --no-fallback --cpu-fallback"), "the last one wins");
+    }
+}

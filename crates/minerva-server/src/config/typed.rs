@@ -1,0 +1,317 @@
+//! The configuration as the rest of the server uses it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use minerva_engine::{EngineConfig, FlashAttention, KvType};
+use minerva_gpu::DeviceChoice;
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, Report};
+
+/// Every setting, typed; the fields are described in [`SETTINGS`](super::SETTINGS).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the table of settings describes each field")]
+pub struct Config {
+    pub model: ModelSettings,
+    pub gpu: GpuSettings,
+    pub performance: PerformanceSettings,
+    pub server: ServerSettings,
+}
+
+/// Which model.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the table of settings describes each field")]
+pub struct ModelSettings {
+    pub path: Option<PathBuf>,
+    pub name: Option<String>,
+    pub chat_template_file: Option<PathBuf>,
+    pub simulate: Option<u32>,
+}
+
+/// Where it runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the table of settings describes each field")]
+pub struct GpuSettings {
+    pub enabled: bool,
+    pub device: String,
+    pub backend: String,
+    pub layers_to_gpu: Option<u32>,
+    pub context_size: Option<u32>,
+    /// In bytes here, whatever the unit it was written in.
+    pub max_memory_mb: Option<u64>,
+    pub fallback_to_cpu: bool,
+}
+
+/// How fast, and with how much memory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the table of settings describes each field")]
+pub struct PerformanceSettings {
+    pub threads: Option<u32>,
+    pub threads_batch: Option<u32>,
+    pub batch_size: Option<u32>,
+    pub kv_cells: Option<u32>,
+    pub n_batch: u32,
+    pub n_ubatch: u32,
+    pub flash_attention: FlashAttention,
+    pub kv_type_k: KvType,
+    pub kv_type_v: KvType,
+    pub kv_unified: bool,
+    pub extra_buffers: bool,
+    pub mmap: bool,
+    pub token_buffer: usize,
+    pub cache_size_mb: Option<u64>,
+    pub max_queued_requests: usize,
+    pub max_queued_tokens: usize,
+}
+
+/// How it is served.
+#[derive(Clone, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the table of settings describes each field")]
+pub struct ServerSettings {
+    pub host: String,
+    pub port: u16,
+    pub api_keys: Vec<String>,
+    pub api_key_file: Option<PathBuf>,
+    pub insecure: bool,
+    pub accept_any_model: bool,
+    pub strict: bool,
+    pub allow_origins: Vec<String>,
+    pub allow_hosts: Vec<String>,
+    pub grace_seconds: Seconds,
+    pub max_connections: usize,
+    pub max_body_bytes: usize,
+    pub header_timeout_seconds: Seconds,
+    pub body_timeout_seconds: Seconds,
+    pub write_timeout_seconds: Seconds,
+    pub idle_timeout_seconds: Seconds,
+    pub ping_seconds: Seconds,
+    pub step_deadline_seconds: Seconds,
+    pub worker_threads: usize,
+    pub log_timestamps: bool,
+}
+
+/// The keys stay out of `{:?}`, and so out of logs.
+impl std::fmt::Debug for ServerSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let address = format!("{}:{}", self.host, self.port);
+        f.debug_struct("ServerSettings")
+            .field("address", &address)
+            .field("n_api_keys", &self.api_keys.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A time in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Seconds(pub f64);
+
+impl Seconds {
+    /// The same time for tokio.
+    pub fn duration(self) -> Duration {
+        Duration::try_from_secs_f64(self.0).unwrap_or(Duration::MAX)
+    }
+}
+
+impl Config {
+    /// The defaults, as if no source said anything.
+    ///
+    /// # Errors
+    /// None that a test of this crate would not have found.
+    pub fn defaults() -> Result<Self, ConfigError> {
+        Ok(super::load(&super::Invocation::default(), [])?.config)
+    }
+
+    /// Follows references between settings and checks those that depend on each other.
+    pub(super) fn resolve(&mut self, report: &Report) -> Result<(), ConfigError> {
+        if let Some(path) = &self.server.api_key_file {
+            let keys = read_keys(path)?;
+            self.server.api_keys.extend(keys);
+        }
+        let stronger = report.source("gpu.device") > report.source("gpu.backend");
+        self.gpu.device = self.gpu.resolved_device(stronger)?;
+        Ok(())
+    }
+
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.performance.cache_size_mb.is_some() {
+            warnings.push("`performance.cache_size_mb` is accepted but has no effect in this version".to_owned());
+        }
+        if self.performance.n_ubatch > self.performance.n_batch {
+            warnings.push("`performance.n_ubatch` is larger than `performance.n_batch`, which bounds it".to_owned());
+        }
+        warnings
+    }
+
+    /// The address to listen on.
+    ///
+    /// # Errors
+    /// [`ConfigError::Conflict`] when the host is no address, or when other machines could reach a server without a key.
+    pub fn address(&self) -> Result<SocketAddr, ConfigError> {
+        let ip = match self.server.host.as_str() {
+            "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            "*" => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            host => host.trim_matches(['[', ']']).parse().map_err(|_| {
+                ConfigError::Conflict(format!("`server.host` is `{host}`: it must be an IP address or `localhost`"))
+            })?,
+        };
+        if !ip.is_loopback() && self.server.api_keys.is_empty() && !self.server.insecure {
+            return Err(ConfigError::Conflict(format!(
+                "`server.host` is {ip}, which other machines can reach, and no API key is set: set one with `--api-key-file` \
+                or `MINERVA_API_KEY`, listen on 127.0.0.1, or say `--insecure`"
+            )));
+        }
+        Ok(SocketAddr::new(ip, self.server.port))
+    }
+
+    /// What the engine is told.
+    ///
+    /// # Errors
+    /// No model, an unreadable chat template file, or a device that cannot be.
+    pub fn engine(&self) -> Result<EngineConfig, ConfigError> {
+        let Some(path) = &self.model.path else {
+            return Err(ConfigError::Conflict(
+                "no model: name a GGUF file with `--model FILE`, `MINERVA_MODEL` or `model.path` in the config file \
+                (`cargo xtask serve` fetches one)"
+                    .to_owned(),
+            ));
+        };
+        let chat_template = match &self.model.chat_template_file {
+            Some(file) => Some(read_text(file, "the chat template file")?),
+            None => None,
+        };
+        let (gpu, performance) = (&self.gpu, &self.performance);
+        Ok(EngineConfig {
+            model_path: path.clone(),
+            model_name: self.model.name.clone(),
+            device: self.device()?,
+            n_gpu_layers: gpu.layers_to_gpu,
+            fallback_to_cpu: gpu.fallback_to_cpu,
+            memory_limit_bytes: gpu.max_memory_mb,
+            context_length_tokens: gpu.context_size,
+            n_cells: performance.kv_cells,
+            n_seq_max: performance.batch_size,
+            n_batch: performance.n_batch,
+            n_ubatch: performance.n_ubatch,
+            n_threads: performance.threads,
+            n_threads_batch: performance.threads_batch,
+            flash_attention: performance.flash_attention,
+            kv_type_k: performance.kv_type_k,
+            kv_type_v: performance.kv_type_v,
+            kv_unified: performance.kv_unified,
+            use_extra_buffers: performance.extra_buffers,
+            use_mmap: performance.mmap,
+            max_queued_requests: performance.max_queued_requests,
+            max_queued_tokens: performance.max_queued_tokens,
+            chat_template,
+        })
+    }
+
+    /// The device asked for.
+    ///
+    /// # Errors
+    /// Only for a name that the table let through and `minerva-gpu` does not know.
+    pub fn device(&self) -> Result<DeviceChoice, ConfigError> {
+        let device = &self.gpu.device;
+        device.parse().map_err(|problem| ConfigError::Conflict(format!("`gpu.device` is `{device}`: {problem}")))
+    }
+}
+
+impl GpuSettings {
+    /// `enabled`, `device` and `backend` as one device name.
+    fn resolved_device(&self, device_is_stronger: bool) -> Result<String, ConfigError> {
+        if !self.enabled {
+            return Ok("cpu".to_owned());
+        }
+        if self.device == "auto" {
+            return Ok(if device_is_stronger { "auto" } else { &self.backend }.to_owned());
+        }
+        let Ok(number) = self.device.parse::<u32>() else { return Ok(self.device.clone()) };
+        match (self.backend.as_str(), number) {
+            ("auto", 0) if cfg!(target_os = "macos") => Ok("metal".to_owned()),
+            ("auto" | "cuda", number) => Ok(format!("cuda:{number}")),
+            (backend, 0) => Ok(backend.to_owned()),
+            (backend, number) => {
+                Err(ConfigError::Conflict(format!("`gpu.device` is {number}, but {backend} has only device 0")))
+            }
+        }
+    }
+}
+
+fn read_keys(path: &Path) -> Result<Vec<String>, ConfigError> {
+    let text = read_text(path, "the API key file")?;
+    let keys: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    if keys.is_empty() {
+        let problem = "it has no key".to_owned();
+        return Err(ConfigError::File { what: "the API key file", file: path.to_path_buf(), problem });
+    }
+    Ok(keys.into_iter().map(ToOwned::to_owned).collect())
+}
+
+fn read_text(path: &Path, what: &'static str) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|problem| ConfigError::File {
+        what,
+        file: path.to_path_buf(),
+        problem: problem.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Invocation, SETTINGS, load};
+    use super::*;
+
+    fn with(vars: &[(&str, &str)]) -> Config {
+        load(&Invocation::default(), vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))).unwrap().config
+    }
+
+    #[test]
+    fn the_table_and_the_types_have_the_same_settings() {
+        let json = serde_json::to_value(Config::defaults().unwrap()).unwrap();
+        let mut typed: Vec<String> = Vec::new();
+        for (section, fields) in json.as_object().unwrap() {
+            typed.extend(fields.as_object().unwrap().keys().map(|key| format!("{section}.{key}")));
+        }
+        let mut table: Vec<_> = SETTINGS.iter().map(|setting| setting.path.to_owned()).collect();
+        typed.sort();
+        table.sort();
+        assert_eq!(typed, table);
+    }
+
+    #[test]
+    fn the_defaults_of_the_table_are_those_of_the_engine() {
+        let config = with(&[("MINERVA_MODEL", "a.gguf")]);
+        assert_eq!(config.engine().unwrap(), EngineConfig::new("a.gguf"));
+    }
+
+    #[test]
+    fn a_device_number_or_auto_follows_the_backend_and_a_disabled_gpu_is_the_cpu() {
+        let device = |vars: &[(&str, &str)]| with(vars).gpu.device;
+        assert_eq!(device(&[("MINERVA_GPU_BACKEND", "metal")]), "metal");
+        assert_eq!(device(&[("MINERVA_GPU_DEVICE", "1"), ("MINERVA_GPU_BACKEND", "cuda")]), "cuda:1");
+        assert_eq!(device(&[("MINERVA_GPU_DEVICE", "cpu"), ("MINERVA_GPU_BACKEND", "cuda")]), "cpu");
+        assert_eq!(device(&[("MINERVA_GPU_DEVICE", "cuda"), ("MINERVA_GPU_ENABLED", "false")]), "cpu");
+        assert_eq!(device(&[]), "auto");
+    }
+
+    #[test]
+    fn an_address_that_others_can_reach_needs_a_key() {
+        let open = with(&[("MINERVA_HOST", "0.0.0.0")]);
+        assert!(open.address().unwrap_err().to_string().contains("no API key is set"));
+        assert!(with(&[("MINERVA_HOST", "::")]).address().is_err());
+        assert!(with(&[("MINERVA_HOST", "0.0.0.0"), ("MINERVA_API_KEY", "k")]).address().is_ok());
+        assert!(with(&[("MINERVA_HOST", "0.0.0.0"), ("MINERVA_INSECURE", "1")]).address().is_ok());
+        assert!(with(&[("MINERVA_HOST", "[::1]")]).address().is_ok());
+        assert!(with(&[("MINERVA_HOST", "example.com")]).address().is_err());
+    }
+
+    #[test]
+    fn keys_stay_out_of_debug_output() {
+        let config = with(&[("MINERVA_API_KEY", "sk-one,sk-two")]);
+        assert_eq!(config.server.api_keys.len(), 2);
+        assert!(!format!("{config:?}").contains("sk-"));
+    }
+}

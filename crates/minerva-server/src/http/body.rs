@@ -1,0 +1,86 @@
+//! The body of a response: a whole one, or a stream of events.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
+
+use super::Busy;
+use crate::sse::SseBody;
+use crate::state::{App, InFlightGuard};
+
+/// A response body, with what must live until its last byte is out or its client is gone.
+pub(crate) struct ResponseBody {
+    content: Content,
+    /// Dropped with the body.
+    guard: Option<Guard>,
+}
+
+enum Content {
+    Whole(Option<Bytes>),
+    Events(Box<SseBody>),
+}
+
+/// Ends the books of one request when it is dropped.
+pub(crate) struct Guard {
+    pub(crate) app: Arc<App>,
+    pub(crate) endpoint: &'static str,
+    pub(crate) status: u16,
+    pub(crate) started: Instant,
+    /// Set for generation requests.
+    pub(crate) in_flight: Option<InFlightGuard>,
+    #[expect(dead_code, reason = "dropped with the guard")]
+    pub(crate) busy: Busy,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let is_generation = self.in_flight.is_some();
+        self.app.metrics.observe_response(self.endpoint, self.status, self.started.elapsed(), is_generation);
+    }
+}
+
+impl ResponseBody {
+    pub(crate) fn whole(bytes: impl Into<Bytes>) -> Self {
+        Self { content: Content::Whole(Some(bytes.into())), guard: None }
+    }
+
+    pub(crate) fn events(events: SseBody) -> Self {
+        Self { content: Content::Events(Box::new(events)), guard: None }
+    }
+
+    pub(crate) fn guarded(mut self, guard: Guard) -> Self {
+        self.guard = Some(guard);
+        self
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match &mut self.content {
+            Content::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Events(events) => events.poll_bytes(cx).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Content::Events(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Content::Events(_) => SizeHint::default(),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What the two binaries do: read the configuration, then serve, or print something and exit.
+//!
+//! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed, 2 for a configuration that cannot be used,
+//! 130 or 143 for a second signal.
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use minerva_engine::Engine;
+use minerva_gpu::{BuildBackends, Diagnosis, GpuOptions};
+use tracing::{info, warn};
+
+use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Program};
+use crate::load::{Load, Source};
+use crate::server::Server;
+use crate::shutdown::{Signals, end_now};
+use crate::{limits, logging};
+
+/// How long a load may take to notice that it was cancelled.
+const CANCEL_TIME: Duration = Duration::from_secs(2);
+
+/// Runs `program` with the process's arguments and environment.
+pub fn run(program: Program) -> ExitCode {
+    match configure(program, std::env::args_os()) {
+        Ok((Action::Serve, loaded)) => serve(loaded),
+        Ok((Action::Config(format), loaded)) => print(&loaded.report.print(format)),
+        Ok((Action::Diagnose, loaded)) => diagnose(&loaded.config),
+        Err(ConfigError::CommandLine(text)) => {
+            // clap's errors include the texts of --help and --version, which are no failures.
+            let _ = text.print();
+            ExitCode::from(if text.use_stderr() { 2 } else { 0 })
+        }
+        Err(problem) => refuse(&problem),
+    }
+}
+
+fn configure(program: Program, args: impl IntoIterator<Item = OsString>) -> Result<(Action, Loaded), ConfigError> {
+    let invocation = Invocation::parse(program, args)?;
+    // Variables that are not UTF-8 are none of ours.
+    let vars =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let loaded = config::load(&invocation, vars)?;
+    Ok((invocation.action, loaded))
+}
+
+fn serve(loaded: Loaded) -> ExitCode {
+    let Loaded { mut config, warnings, .. } = loaded;
+    let filter = std::env::var("RUST_LOG").ok();
+    if let Err(problem) = logging::init(filter.as_deref(), config.server.log_timestamps) {
+        return refuse(&problem);
+    }
+    for warning in warnings {
+        warn!("{warning}");
+    }
+    let source = match config.address().and_then(|_| Source::new(&config)) {
+        Ok(source) => source,
+        Err(problem) => return refuse(&problem),
+    };
+    config.server.max_connections = limits::allow_connections(config.server.max_connections);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.server.worker_threads)
+        .thread_name("minerva-http")
+        .enable_all()
+        .build();
+    let result = match runtime {
+        Ok(runtime) => {
+            let result = runtime.block_on(serve_until_signal(config, source));
+            runtime.shutdown_timeout(Duration::from_millis(100));
+            result
+        }
+        Err(problem) => Err(anyhow::Error::new(problem).context("cannot start the runtime")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            tracing::error!("{problem:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve_until_signal(config: Config, source: Source) -> anyhow::Result<()> {
+    let signals = Signals::new().context("cannot listen for signals")?;
+    let server = Server::bind(config).await?;
+    let address = server.local_address()?;
+    info!("listening on http://{address}");
+    let mut load = Load::start(server.app(), source).context("cannot start a thread")?;
+    let mut signal = std::pin::pin!(signals.received());
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(server.run(async {
+        let _ = stopped.await;
+    }));
+    // The load's end comes first, unless a signal cancels it.
+    let is_loaded = tokio::select! {
+        result = load.finished() => match result {
+            Some(Ok(())) => true,
+            Some(Err(problem)) => anyhow::bail!("cannot load the model: {problem}"),
+            None => anyhow::bail!("the load ended in a panic"),
+        },
+        () = &mut signal => false,
+    };
+    if is_loaded {
+        signal.await;
+    }
+    let _ = stop.send(());
+    let outcome = running.await.context("the server ended in a panic")?;
+    info!(?outcome, "bye");
+    if !is_loaded {
+        load.cancel();
+        if tokio::time::timeout(CANCEL_TIME, load.finished()).await.is_err() {
+            end_now(0); // llama.cpp is in the middle of something long; there is nothing to lose
+        }
+    }
+    Ok(())
+}
+
+/// `--gpu=debug`: everything that decides where a model runs.
+fn diagnose(config: &Config) -> ExitCode {
+    let device = match config.device() {
+        Ok(device) => device,
+        Err(problem) => return refuse(&problem),
+    };
+    let build = Engine::build_info();
+    let has = |name: &str| build.backends.iter().any(|backend| backend.eq_ignore_ascii_case(name));
+    let backends = BuildBackends { cuda: has("cuda"), metal: has("metal"), vulkan: has("vulkan") };
+    let options = GpuOptions { choice: device, build: backends, memory_limit_bytes: config.gpu.max_memory_mb };
+    let list = |items: &[String]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
+    let text = format!(
+        "{}\nBuild\n  minerva        {}\n  llama.cpp      {}\n  GPU backends   {}\n  CPU features   {}\n  C++ compiler   {}\n",
+        Diagnosis::collect(options),
+        build.version,
+        build.llama_cpp,
+        list(&build.backends),
+        list(&build.cpu_features),
+        build.compiler,
+    );
+    print(&text)
+}
+
+fn print(text: &str) -> ExitCode {
+    // A closed pipe (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn refuse(problem: &dyn std::fmt::Display) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "error: {problem}");
+    ExitCode::from(2)
+}

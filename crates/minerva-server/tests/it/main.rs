@@ -1,0 +1,22 @@
+//! The server from outside: a real socket in front, the engine's simulator behind.
+//!
+//! - [`chat`], [`completions`], [`stream`]: what is answered, in which shape
+//! - [`errors`], [`fuzz`]: what is refused, and how
+//! - [`limits`]: clients that are slow, greedy or gone
+//! - [`access`]: keys, hosts, origins
+//! - [`operation`]: health, status, metrics, request ids
+//! - [`drop`]: many clients, some of which leave
+//! - [`shutdown`]: signals, against the real binary
+
+mod access;
+mod chat;
+mod client;
+mod completions;
+mod drop;
+mod errors;
+mod fuzz;
+mod limits;
+mod operation;
+mod server;
+mod shutdown;
+mod stream;
