@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a task talks to the terminal")]
 
+mod bench;
 mod layers;
 mod serve;
 mod setup;
@@ -26,6 +27,10 @@ enum Task {
     Test(test::Args),
     /// Fail on any dependency between our crates that points upward
     Layers(layers::Args),
+    /// Measure the engine against a bare `llama_decode` loop
+    BenchEngine(bench::Args),
+    /// Measure our server, and any OpenAI-compatible peer, under load
+    BenchServe(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +39,8 @@ fn main() -> ExitCode {
         Task::Serve(args) => serve::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Layers(args) => layers::run(&args),
+        Task::BenchEngine(args) => bench::engine(&args),
+        Task::BenchServe(args) => bench::serve(&args),
     };
     // Not `anyhow`'s own report: it adds a backtrace, and what went wrong here is seldom in our code.
     result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)

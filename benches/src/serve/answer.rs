@@ -165,8 +165,7 @@ mod tests {
 
     #[test]
     fn beside_long_prompts_only_the_time_with_them_counts() {
-        let beside =
-            Beside { words: 9, max_tokens: 1, window: Duration::from_secs(2), start: Duration::from_secs(1) };
+        let beside = Beside { words: 9, max_tokens: 1, window: Duration::from_secs(2), start: Duration::from_secs(1) };
         let stream = answer(0.0, &[500.0, 600.0, 1100.0, 1500.0, 2100.0]);
         let long = |end_ms| Answer { is_long: true, start_ms: 1000.0, end_ms, ..Answer::default() };
         let figures = Figures::of(&sample(2500.0, vec![stream, long(1500.0), long(2500.0)]), Some(&beside));

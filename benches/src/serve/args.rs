@@ -113,7 +113,8 @@ fn positive(text: &str) -> Result<f64, String> {
 impl Args {
     /// Our server's program.
     pub(super) fn server_path(&self) -> anyhow::Result<PathBuf> {
-        let beside = || Ok(std::env::current_exe()?.with_file_name(format!("minerva-server{}", std::env::consts::EXE_SUFFIX)));
+        let beside =
+            || Ok(std::env::current_exe()?.with_file_name(format!("minerva-server{}", std::env::consts::EXE_SUFFIX)));
         self.server.clone().map_or_else(beside, Ok)
     }
 
@@ -162,7 +163,10 @@ mod tests {
         Args::command().debug_assert();
         let line = "x --model m.gguf --threads 2 --cells 9 --peer-arg --no-webui --engine-config {\"n_batch\":7}";
         let args = Args::parse_from(line.split(' '));
-        assert_eq!(args.server_flags(&args.peer_arg).expect("flags"), ["-m", "m.gguf", "-t", "2", "-c", "9", "--no-webui"]);
+        assert_eq!(
+            args.server_flags(&args.peer_arg).expect("flags"),
+            ["-m", "m.gguf", "-t", "2", "-c", "9", "--no-webui"]
+        );
         let config = args.engine_config().expect("a config");
         assert_eq!((config.n_threads, config.n_cells, config.n_batch, config.n_seq_max), (Some(2), Some(9), 7, None));
         assert_eq!(args.workload.len(), 5);

@@ -1,5 +1,6 @@
 //! Who is measured: a server that runs already, one that this run starts, or the engine itself.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -68,7 +69,7 @@ impl Contender {
         }
         for (label, pointer) in SHOWN {
             if let Some(value) = about.pointer(pointer).filter(|value| !value.is_null()) {
-                line += &format!(", {label} {}", value.to_string().trim_matches('"'));
+                let _ = write!(line, ", {label} {}", value.to_string().trim_matches('"'));
             }
         }
         let client = Client::Http { http: http.clone(), model };

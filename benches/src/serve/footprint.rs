@@ -7,8 +7,14 @@ use std::fs;
 use serde::{Deserialize, Serialize};
 
 /// Ends of the names of gauges that count requests or used cells, of Minerva and of llama-server.
-const GAUGES: [&str; 6] =
-    ["requests_running", "requests_queued", "kv_cells_used", "connections_open", "requests_processing", "requests_deferred"];
+const GAUGES: [&str; 6] = [
+    "requests_running",
+    "requests_queued",
+    "kv_cells_used",
+    "connections_open",
+    "requests_processing",
+    "requests_deferred",
+];
 
 /// A process at one moment. Fields are `None` where the system does not tell.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -58,6 +64,7 @@ impl fmt::Display for Footprint {
 }
 
 /// CPU time of this process so far, in milliseconds.
+#[cfg_attr(unix, expect(clippy::unnecessary_wraps, reason = "other systems do not tell"))]
 pub(super) fn own_cpu_ms() -> Option<f64> {
     #[cfg(unix)]
     {

@@ -15,7 +15,7 @@ pub struct Gate {
     pub(super) workload: Workload,
     metric: Metric,
     /// `peer` or `engine`.
-    pub(super) other: String,
+    other: String,
     is_floor: bool,
     limit: f64,
 }
@@ -30,8 +30,7 @@ impl FromStr for Gate {
         let limit = limit.trim().parse().with_context(|| format!("`{limit}` is not a number"))?;
         let (what, other) = what.trim().split_once('/').unwrap_or((what.trim(), "peer"));
         let (workload, metric) = what.split_once('.').unwrap_or((what, "throughput"));
-        let workload =
-            Workload::from_str(workload, false).map_err(|_| anyhow::anyhow!("no workload `{workload}`"))?;
+        let workload = Workload::from_str(workload, false).map_err(|_| anyhow::anyhow!("no workload `{workload}`"))?;
         let metric = Metric::named(metric).with_context(|| format!("no metric `{metric}`"))?;
         if !["peer", "engine"].contains(&other) {
             bail!("`{other}` is neither `peer` nor `engine`");
@@ -44,14 +43,19 @@ impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sign = if self.is_floor { ">=" } else { "<=" };
         write!(f, "{}.{}", self.workload.name(), self.metric.name())?;
-        if self.metric != Metric::Errors {
-            write!(f, "/{}", self.other)?;
+        if let Some(other) = self.other() {
+            write!(f, "/{other}")?;
         }
         write!(f, "{sign}{}", self.limit)
     }
 }
 
 impl Gate {
+    /// Whom ours is compared with; `None` for a count of ours.
+    pub(super) fn other(&self) -> Option<&str> {
+        (self.metric != Metric::Errors).then_some(self.other.as_str())
+    }
+
     /// Whether the gate holds, and a line that says so. A figure that is missing, and an error of ours, do not pass.
     pub(super) fn check(&self, report: &Report) -> (bool, String) {
         let errors = report.errors(self.workload, "ours");

@@ -61,9 +61,10 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn check(args: &Args) -> anyhow::Result<()> {
     let has_peer = args.peer.is_some() || args.peer_server.is_some();
     for gate in &args.gate {
-        let is_there = gate.to_string().contains(".errors") || if gate.other == "peer" { has_peer } else { args.engine_beside };
-        if !is_there {
-            bail!("gate {gate}: there is no {} in this run", gate.other);
+        match gate.other() {
+            Some("peer") if !has_peer => bail!("gate {gate}: this run has no peer"),
+            Some("engine") if !args.engine_beside => bail!("gate {gate}: add --engine-beside"),
+            _ => {}
         }
         if !args.workload.contains(&gate.workload) {
             bail!("gate {gate}: the workload is not in this run");
@@ -96,14 +97,14 @@ async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
 
     let timeout = Duration::from_secs_f64(args.timeout);
     for &workload in &args.workload {
-        for round in 0..args.rounds {
+        for number in 0..args.rounds {
             // A server that is its own peer must not find its own prompts in its cache.
             let is_same = args.peer.is_some() && args.peer == args.url;
             for (turn, contender) in contenders.iter_mut().enumerate() {
                 let seed = if is_same { seed.wrapping_add(turn as u64) } else { seed };
-                let sample = contender.run(Round { workload, scale: args.scale, seed, round }, timeout).await?;
+                let sample = contender.run(Round { workload, scale: args.scale, seed, number }, timeout).await?;
                 let figures = Figures::of(&sample, workload.shape(args.scale).beside.as_ref());
-                say(&progress(workload, round, contender.name, &figures));
+                say(&progress(workload, number, contender.name, &figures));
                 let series = report.series_mut(workload, contender.name);
                 series.figures.push(figures);
                 series.samples.push(sample);
@@ -159,12 +160,12 @@ async fn contenders(args: &Args) -> anyhow::Result<Vec<Contender>> {
 }
 
 /// A line per round, so that a long run shows that it lives.
-fn progress(workload: Workload, round: u64, name: &str, figures: &Figures) -> String {
+fn progress(workload: Workload, number: u64, name: &str, figures: &Figures) -> String {
     let shown = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.1}"));
     format!(
         "{} round {}, {name}: {} tok/s, TTFT p50 {} ms, gap p99 {} ms, {} errors",
         workload.name(),
-        round + 1,
+        number + 1,
         shown(figures.throughput),
         shown(figures.ttft_p50_ms),
         shown(figures.gap_p99_ms),

@@ -36,8 +36,8 @@ impl Table {
             if at == 0 {
                 text.push('|');
                 for (column, &width) in widths.iter().enumerate() {
-                    let dashes = "-".repeat(width + 1);
-                    text.push_str(&if column < NAMES { format!("{dashes}-|") } else { format!("{dashes}:|") });
+                    text.push_str(&"-".repeat(width + 1));
+                    text.push_str(if column < NAMES { "-|" } else { ":|" });
                 }
                 text.push('\n');
             }

@@ -96,7 +96,8 @@ pub(super) struct Round {
     pub(super) workload: Workload,
     pub(super) scale: f64,
     pub(super) seed: u64,
-    pub(super) round: u64,
+    /// From 0.
+    pub(super) number: u64,
 }
 
 /// One request.
@@ -140,7 +141,7 @@ impl Asks {
     }
 
     fn rng(&self, purpose: u64, index: u64) -> Rng {
-        Rng::new(self.round.seed, &[self.round.workload as u64, self.round.round, purpose, index])
+        Rng::new(self.round.seed, &[self.round.workload as u64, self.round.number, purpose, index])
     }
 
     /// Request `index` of the streams.
@@ -173,7 +174,7 @@ mod tests {
     use super::*;
 
     fn asks(workload: Workload, round: u64) -> Asks {
-        Asks::new(Round { workload, scale: 1.0, seed: 1, round })
+        Asks::new(Round { workload, scale: 1.0, seed: 1, number: round })
     }
 
     #[test]
