@@ -52,6 +52,8 @@ pub(super) struct Sample {
     /// CPU time of the process that made the requests.
     pub(super) load_cpu_ms: Option<f64>,
     pub(super) answers: Vec<Answer>,
+    /// Cores that programs outside the comparison kept busy.
+    pub(super) others_cores: Option<f64>,
     /// The server's process before and after, where it is known.
     pub(super) before: Option<Footprint>,
     pub(super) after: Option<Footprint>,
@@ -79,6 +81,8 @@ pub(super) struct Figures {
     pub(super) pieces: usize,
     /// CPU time of the load tool as a share of the round, in percent of one core.
     pub(super) load_cpu_percent: Option<f64>,
+    /// Cores that programs outside the comparison kept busy meanwhile.
+    pub(super) others_cores: Option<f64>,
 }
 
 impl Figures {
@@ -130,6 +134,7 @@ impl Figures {
             cached_tokens: sum(&|a| a.cached_tokens),
             completion_tokens: sample.answers.iter().map(Answer::tokens).sum(),
             pieces: count_pieces(sample),
+            others_cores: sample.others_cores,
             load_cpu_percent: sample.load_cpu_ms.map(|cpu| cpu / sample.wall_ms * 100.0),
         }
     }
@@ -149,7 +154,7 @@ mod tests {
     }
 
     fn sample(wall_ms: f64, answers: Vec<Answer>) -> Sample {
-        Sample { wall_ms, load_cpu_ms: Some(1.0), answers, before: None, after: None }
+        Sample { wall_ms, load_cpu_ms: Some(1.0), answers, others_cores: None, before: None, after: None }
     }
 
     #[test]

@@ -64,6 +64,9 @@ pub struct Args {
     /// The longest that one request may take
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = positive)]
     pub timeout: f64,
+    /// Before each round wait until the machine is busy with less than this, at most 5 minutes
+    #[arg(long, value_name = "CORES", value_parser = positive)]
+    pub calm: Option<f64>,
     /// Measure the engine too, in a process of its own without a server
     #[arg(long)]
     pub engine_beside: bool,

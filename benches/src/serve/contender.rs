@@ -12,6 +12,7 @@ use super::direct::EngineProcess;
 use super::drive;
 use super::footprint::Footprint;
 use super::http::HttpClient;
+use super::machine::OthersWatch;
 use super::process::ServerProcess;
 use super::workload::Round;
 
@@ -94,24 +95,35 @@ impl Contender {
     pub(super) async fn run(&mut self, round: Round, timeout: Duration) -> anyhow::Result<Sample> {
         let name = self.name;
         let before = self.footprint().await;
+        let watch = OthersWatch::start(self.pid());
         let sample = match &mut self.how {
             How::Server { client, .. } => drive::run(client, round, timeout).await,
-            How::Engine(process) => process.run(round, timeout),
+            // There, asking and computing share a process.
+            How::Engine(process) => process.run(round, timeout).map(|sample| Sample { load_cpu_ms: None, ..sample }),
         };
+        let others_cores = watch.and_then(|watch| watch.cores());
         let mut sample = sample.with_context(|| format!("{name}, {}", round.workload.name()))?;
         tokio::time::sleep(SETTLE).await;
+        sample.others_cores = others_cores;
         sample.before = Some(before);
         sample.after = Some(self.footprint().await);
         Ok(sample)
     }
 
+    fn pid(&self) -> Option<u32> {
+        match &self.how {
+            How::Server { pid, .. } => *pid,
+            How::Engine(process) => Some(process.pid()),
+        }
+    }
+
     async fn footprint(&self) -> Footprint {
         match &self.how {
-            How::Server { http, pid, .. } => {
+            How::Server { http, .. } => {
                 let metrics = http.get("/metrics").await.ok().filter(|(status, _)| status.is_success());
-                Footprint::of(*pid, &metrics.map(|(_, body)| body).unwrap_or_default())
+                Footprint::of(self.pid(), &metrics.map(|(_, body)| body).unwrap_or_default())
             }
-            How::Engine(process) => Footprint::of(Some(process.pid()), ""),
+            How::Engine(_) => Footprint::of(self.pid(), ""),
         }
     }
 }

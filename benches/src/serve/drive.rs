@@ -9,7 +9,7 @@ use tokio::time;
 
 use super::answer::{Answer, Sample, since_ms};
 use super::client::Client;
-use super::footprint::own_cpu_ms;
+use super::machine::own_ms;
 use super::workload::{Ask, Asks, Beside, Leave, Round};
 
 /// What the clients of a round share.
@@ -28,7 +28,7 @@ pub(super) async fn run(client: &Client, round: Round, timeout: Duration) -> any
     time::timeout(timeout, client.ask(&asks.warm_up(), Instant::now(), &mut Answer::default())).await??;
 
     let shape = asks.shape();
-    let cpu_before_ms = own_cpu_ms();
+    let cpu_before_ms = own_ms();
     let shared = Arc::new(Shared {
         client: client.clone(),
         asks,
@@ -48,9 +48,9 @@ pub(super) async fn run(client: &Client, round: Round, timeout: Duration) -> any
         ended?;
     }
     let wall_ms = since_ms(shared.clock);
-    let load_cpu_ms = own_cpu_ms().zip(cpu_before_ms).map(|(after, before)| after - before);
+    let load_cpu_ms = own_ms().zip(cpu_before_ms).map(|(after, before)| after - before);
     let answers = std::mem::take(&mut *shared.answers.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok(Sample { wall_ms, load_cpu_ms, answers, before: None, after: None })
+    Ok(Sample { wall_ms, load_cpu_ms, answers, others_cores: None, before: None, after: None })
 }
 
 /// One client: takes the next request as soon as its last one has ended.

@@ -63,18 +63,6 @@ impl fmt::Display for Footprint {
     }
 }
 
-/// CPU time of this process so far, in milliseconds.
-#[cfg_attr(unix, expect(clippy::unnecessary_wraps, reason = "other systems do not tell"))]
-pub(super) fn own_cpu_ms() -> Option<f64> {
-    #[cfg(unix)]
-    {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-        Some(time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6)
-    }
-    #[cfg(not(unix))]
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,6 +14,7 @@ mod drive;
 mod footprint;
 mod gate;
 mod http;
+mod machine;
 mod process;
 mod prompts;
 mod report;
@@ -102,6 +103,9 @@ async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
             let is_same = args.peer.is_some() && args.peer == args.url;
             for (turn, contender) in contenders.iter_mut().enumerate() {
                 let seed = if is_same { seed.wrapping_add(turn as u64) } else { seed };
+                if let Some(cores) = args.calm {
+                    machine::wait_until_calm(cores).await;
+                }
                 let sample = contender.run(Round { workload, scale: args.scale, seed, number }, timeout).await?;
                 let figures = Figures::of(&sample, workload.shape(args.scale).beside.as_ref());
                 say(&progress(workload, number, contender.name, &figures));
@@ -162,8 +166,9 @@ async fn contenders(args: &Args) -> anyhow::Result<Vec<Contender>> {
 /// A line per round, so that a long run shows that it lives.
 fn progress(workload: Workload, number: u64, name: &str, figures: &Figures) -> String {
     let shown = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.1}"));
+    let others = figures.others_cores.map_or_else(String::new, |cores| format!(", others took {cores:.2} cores"));
     format!(
-        "{} round {}, {name}: {} tok/s, TTFT p50 {} ms, gap p99 {} ms, {} errors",
+        "{} round {}, {name}: {} tok/s, TTFT p50 {} ms, gap p99 {} ms, {} errors{others}",
         workload.name(),
         number + 1,
         shown(figures.throughput),

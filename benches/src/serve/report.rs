@@ -200,24 +200,33 @@ fn number(value: Option<f64>) -> String {
     }
 }
 
+/// From here on a round says more about the machine than about a server.
+const DISTURBED_CORES: f64 = 0.1;
+
 /// What the table has no room for: counts, what was cached, the load tool's own cost, what the process held.
 fn notes(series: &Series) -> Vec<String> {
     let Some(first) = series.figures.first() else { return Vec::new() };
     let who = format!("{}, {}", series.workload.name(), series.contender);
     let cpu = median(series.figures.iter().filter_map(|f| f.load_cpu_percent));
+    let others: Vec<f64> = series.figures.iter().filter_map(|f| f.others_cores).collect();
     let mut notes = vec![format!(
-        "{who}: {} requests a round, {} prompt tokens ({} of them cached), {:.0} tokens in {} pieces; the load tool took \
-         {} % of one core",
+        "{who}: {} requests a round, {} prompt tokens ({} of them cached), {:.0} tokens in {} pieces; of a core the load \
+         tool took {} %; other programs took {} cores, at most {}",
         first.requests,
         first.prompt_tokens,
         first.cached_tokens,
         first.completion_tokens,
         first.pieces,
         number(cpu),
+        number(median(others.clone())),
+        number(others.iter().copied().reduce(f64::max)),
     )];
     let is_private = !matches!(series.workload, Workload::SharedPrefix);
     if is_private && first.cached_tokens * 2 > first.prompt_tokens {
         notes.push(format!("{who}: WARNING: most of the prompts were cached; use another --seed"));
+    }
+    if others.iter().any(|cores| *cores > DISTURBED_CORES) {
+        notes.push(format!("{who}: WARNING: other programs took more than {DISTURBED_CORES} cores in some round"));
     }
     if let Some(rate) = series.median(Metric::LongRate) {
         let alone = number(median(series.figures.iter().filter_map(|f| f.alone_gap_p99_ms)));

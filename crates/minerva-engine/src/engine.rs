@@ -1,6 +1,7 @@
 //! The handle: loads a model, starts the engine's threads, hands requests over.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,10 +27,9 @@ use crate::worker::{Command, Worker};
 /// # Examples
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use std::ops::ControlFlow;
-/// use minerva_engine::{ChatMessage, Engine, EngineConfig, Event, Request};
+/// use minerva_engine::{ChatMessage, Engine, Event, Request};
 ///
-/// let engine = Engine::load(EngineConfig::new("model.gguf"), |_| ControlFlow::Continue(()))?;
+/// let engine = Engine::open("model.gguf")?;
 /// let mut events = engine.generate(Request::chat([ChatMessage::user("Hello!")]).max_tokens(64)).await?;
 /// while let Some(event) = events.next().await {
 ///     if let Event::Delta(delta) = event {
@@ -56,10 +56,19 @@ pub(crate) struct Inner {
 }
 
 impl Engine {
+    /// Loads a model with default settings. Blocks for as long as that takes.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn open(model_path: impl AsRef<Path>) -> Result<Self, LoadError> {
+        Self::load(EngineConfig::new(model_path), |_| ControlFlow::Continue(()))
+    }
+
     /// Loads a model. Blocks for as long as that takes; `progress` is called as it goes on and can stop it.
     ///
     /// # Errors
     /// [`LoadError`]: the device is not there, the model does not fit, the file is no model, `progress` stopped it.
+    #[expect(clippy::needless_pass_by_value, reason = "callers build a configuration for one load")]
     pub fn load(
         config: EngineConfig,
         mut progress: impl FnMut(&LoadProgress) -> ControlFlow<()> + Send,
@@ -139,7 +148,9 @@ impl Engine {
     /// The bytes that tokens stand for; control tokens stand for none. They need not be whole characters.
     pub fn detokenize(&self, tokens: &[TokenId]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        tokens.iter().for_each(|&token| self.inner.tokenizer.token_bytes(token, &mut bytes));
+        for &token in tokens {
+            self.inner.tokenizer.token_bytes(token, &mut bytes);
+        }
         bytes
     }
 

@@ -57,7 +57,9 @@ impl Generation {
         let Accepted { prompt, request, max_tokens, seed, submitted, events } = accepted;
         let choices = (0..request.n).map(|index| {
             let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)));
-            prompt.iter().for_each(|&token| sampler.accept(token));
+            for &token in &prompt {
+                sampler.accept(token);
+            }
             Choice {
                 index,
                 sampler,

@@ -253,13 +253,15 @@ impl Worker {
         self.shared.count_failed_step();
         let mut seqs: Vec<SeqId> = step.rows.iter().map(|row| row.seq).collect();
         seqs.dedup();
+        if !error.cache_unchanged {
+            for &seq in &seqs {
+                self.scheduler.discard(seq);
+                self.backend.truncate(seq, 0);
+            }
+        }
         for seq in seqs {
             if let Some(id) = self.owners[seq as usize] {
                 self.fail(id, GenerationError::Backend { message: error.message.clone() });
-            }
-            if !error.cache_unchanged {
-                self.scheduler.discard(seq);
-                self.backend.truncate(seq, 0);
             }
         }
     }

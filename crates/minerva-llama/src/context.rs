@@ -16,6 +16,7 @@ pub struct Context {
     /// Which tokens of the last decode have logits.
     outputs: Vec<i8>,
     n_batch: u32,
+    n_ubatch: u32,
     n_seq_max: u32,
     n_ctx: u32,
     n_ctx_seq: u32,
@@ -48,6 +49,8 @@ impl Context {
             outputs: Vec::new(),
             // SAFETY: a live context.
             n_batch: unsafe { sys::llama_n_batch(raw.as_ptr()) },
+            // SAFETY: a live context.
+            n_ubatch: unsafe { sys::llama_n_ubatch(raw.as_ptr()) },
             // SAFETY: a live context.
             n_seq_max: unsafe { sys::llama_n_seq_max(raw.as_ptr()) },
             // SAFETY: a live context.
@@ -132,6 +135,11 @@ impl Context {
     /// The most tokens of one batch.
     pub fn n_batch(&self) -> u32 {
         self.n_batch
+    }
+
+    /// The most tokens that the device computes at once.
+    pub fn n_ubatch(&self) -> u32 {
+        self.n_ubatch
     }
 
     /// Sequences.

@@ -1,8 +1,9 @@
 //! Log lines in the guide's form, `[LEVEL] message key=value`, on stderr.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
@@ -23,7 +24,6 @@ pub(crate) fn init(filter: Option<&str>, with_time: bool) -> anyhow::Result<()> 
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .event_format(GuideFormat { with_time })
-        .with_ansi(false)
         .with_writer(std::io::stderr)
         .try_init()
         .map_err(|problem| anyhow::anyhow!("logging is already set up: {problem}"))
@@ -39,14 +39,30 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         if self.with_time {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             write!(writer, "{} ", utc(now.as_secs(), now.subsec_millis()))?;
         }
         write!(writer, "[{}] ", event.metadata().level())?;
-        ctx.field_format().format_fields(writer.by_ref(), event)?;
-        writeln!(writer)
+        let mut line = Line { message: String::new(), fields: String::new() };
+        event.record(&mut line);
+        writeln!(writer, "{}{}", line.message, line.fields)
+    }
+}
+
+/// The message first, then ` key=value` for each field; never with colours, whatever features others switch on.
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
     }
 }
 
@@ -92,7 +108,6 @@ mod tests {
         let subscriber = tracing_subscriber::fmt()
             .with_env_filter(EnvFilter::try_new(DEFAULT_FILTER).unwrap())
             .event_format(GuideFormat { with_time: false })
-            .with_ansi(false)
             .with_writer(move || writer.clone())
             .finish();
         tracing::subscriber::with_default(subscriber, || {

@@ -3,7 +3,6 @@
 //! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed, 2 for a configuration that cannot be used,
 //! 130 or 143 for a second signal.
 
-use std::ffi::OsString;
 use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use minerva_engine::Engine;
 use minerva_gpu::{BuildBackends, Diagnosis, GpuOptions};
 use tracing::{info, warn};
 
-use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Program};
+use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Program, ReportFormat};
 use crate::load::{Load, Source};
 use crate::server::Server;
 use crate::shutdown::{Signals, end_now};
@@ -24,10 +23,8 @@ const CANCEL_TIME: Duration = Duration::from_secs(2);
 
 /// Runs `program` with the process's arguments and environment.
 pub fn run(program: Program) -> ExitCode {
-    match configure(program, std::env::args_os()) {
-        Ok((Action::Serve, loaded)) => serve(loaded),
-        Ok((Action::Config(format), loaded)) => print(&loaded.report.print(format)),
-        Ok((Action::Diagnose, loaded)) => diagnose(&loaded.config),
+    match invoke(program) {
+        Ok(code) => code,
         Err(ConfigError::CommandLine(text)) => {
             // clap's errors include the texts of --help and --version, which are no failures.
             let _ = text.print();
@@ -37,13 +34,20 @@ pub fn run(program: Program) -> ExitCode {
     }
 }
 
-fn configure(program: Program, args: impl IntoIterator<Item = OsString>) -> Result<(Action, Loaded), ConfigError> {
-    let invocation = Invocation::parse(program, args)?;
+fn invoke(program: Program) -> Result<ExitCode, ConfigError> {
+    let invocation = Invocation::parse(program, std::env::args_os())?;
+    if invocation.action == Action::Config(ReportFormat::Markdown) {
+        return Ok(print(&config::reference())); // the same on every machine, whatever its configuration
+    }
     // Variables that are not UTF-8 are none of ours.
     let vars =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let loaded = config::load(&invocation, vars)?;
-    Ok((invocation.action, loaded))
+    Ok(match invocation.action {
+        Action::Serve => serve(loaded),
+        Action::Config(format) => print(&loaded.report.print(format)),
+        Action::Diagnose => diagnose(&loaded.config),
+    })
 }
 
 fn serve(loaded: Loaded) -> ExitCode {

@@ -1,5 +1,4 @@
 //! The guide's callback style, blocking: `cargo run --release -p minerva-examples --bin callback_style [model.gguf]`.
-#![expect(clippy::print_stdout, reason = "the answer is the output")]
 use std::{io::Write, ops::ControlFlow};
 
 use minerva_engine::{EngineConfig, compat::LlamaCppBackend};

@@ -1,12 +1,11 @@
 //! Streams one answer, token by token: `cargo run --release -p minerva-examples --bin stream_tokens [model.gguf]`.
-#![expect(clippy::print_stdout, reason = "the answer is the output")]
-use std::{io::Write, ops::ControlFlow};
+use std::io::Write as _;
 
-use minerva_engine::{ChatMessage, Engine, EngineConfig, Event, Request};
+use minerva_engine::{ChatMessage, Engine, Event, Request};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let engine = Engine::load(EngineConfig::new(minerva_examples::model_path()?), |_| ControlFlow::Continue(()))?;
+    let engine = Engine::open(minerva_examples::model_path()?)?;
     let question = ChatMessage::user("What is the capital of France?");
     let mut events = engine.generate(Request::chat([question]).max_tokens(64)).await?;
     while let Some(event) = events.next().await {
@@ -15,5 +14,5 @@ async fn main() -> anyhow::Result<()> {
             std::io::stdout().flush()?;
         }
     }
-    Ok(println!())
+    Ok(())
 }

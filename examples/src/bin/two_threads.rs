@@ -1,12 +1,11 @@
 //! Two threads share one engine; their requests are computed in the same steps, with no lock in sight:
 //! `cargo run --release -p minerva-examples --bin two_threads [model.gguf]`.
-#![expect(clippy::print_stdout, reason = "the answers are the output")]
-use std::{ops::ControlFlow, thread};
+use std::thread;
 
-use minerva_engine::{Engine, EngineConfig, Event, Request};
+use minerva_engine::{Engine, Event, Request};
 
 fn main() -> anyhow::Result<()> {
-    let engine = Engine::load(EngineConfig::new(minerva_examples::model_path()?), |_| ControlFlow::Continue(()))?;
+    let engine = Engine::open(minerva_examples::model_path()?)?;
     let workers = ["The sun is", "The moon is"].map(|prompt| {
         let engine = engine.clone();
         thread::spawn(move || -> anyhow::Result<String> {

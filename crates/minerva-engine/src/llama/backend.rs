@@ -8,7 +8,6 @@ use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
 pub(crate) struct LlamaBackend {
     context: Context,
     batch: Batch,
-    n_ubatch: u32,
 }
 
 impl LlamaBackend {

@@ -42,7 +42,10 @@ fn load_plan(config: &EngineConfig, plan: &Plan, report: &mut Report<'_>) -> Res
         Ok(()) => ControlFlow::Continue(()),
         Err(_) => ControlFlow::Break(()),
     };
-    let model = Model::load(&config.model_path, &plan.model, weights)?;
+    let model = Model::load(&config.model_path, &plan.model, weights).map_err(|error| match error {
+        minerva_llama::LoadError::Cancelled => LoadError::Cancelled,
+        error => LoadError::Llama(error),
+    })?;
     if !model.is_generative() {
         return Err(LoadError::NotGenerative { name: config.model_name() });
     }

@@ -156,7 +156,7 @@ impl Scheduler {
         }
         let job = self.waiting.pop_front()?;
         self.waiting_tokens -= job.prompt.len();
-        Some(self.seats.seat(job))
+        Some(self.seats.seat(&job))
     }
 
     /// The backend could not keep a sequence's prefix: its whole prompt is computed.

@@ -50,7 +50,7 @@ impl Seat {
 /// All sequences.
 #[derive(Debug)]
 pub(super) struct Seats {
-    seats: Vec<Seat>,
+    all: Vec<Seat>,
     /// Busy seats in order of admission, so that a step is fair and its rows are stable from step to step.
     order: Vec<SeqId>,
     limits: BackendLimits,
@@ -59,12 +59,12 @@ pub(super) struct Seats {
 
 impl Seats {
     pub(super) fn new(limits: BackendLimits) -> Self {
-        let seats = (0..limits.n_seq_max).map(|_| Seat::default()).collect();
-        Self { seats, order: Vec::new(), limits, stamp: 0 }
+        let all = (0..limits.n_seq_max).map(|_| Seat::default()).collect();
+        Self { all, order: Vec::new(), limits, stamp: 0 }
     }
 
     fn at(&mut self, seq: SeqId) -> &mut Seat {
-        &mut self.seats[seq as usize]
+        &mut self.all[seq as usize]
     }
 
     pub(super) fn any_busy(&self) -> bool {
@@ -72,7 +72,7 @@ impl Seats {
     }
 
     pub(super) fn busy(&self) -> impl Iterator<Item = (SeqId, &Seat)> {
-        self.order.iter().map(|&seq| (seq, &self.seats[seq as usize]))
+        self.order.iter().map(|&seq| (seq, &self.all[seq as usize]))
     }
 
     pub(super) fn decoding(&self) -> impl Iterator<Item = (SeqId, &Seat)> {
@@ -85,7 +85,7 @@ impl Seats {
 
     /// Cells held by running sequences, and cells left by finished ones.
     pub(super) fn cells(&self) -> (u64, u64) {
-        self.seats.iter().fold((0, 0), |(used, cached), seat| match seat.owner {
+        self.all.iter().fold((0, 0), |(used, cached), seat| match seat.owner {
             Some(_) => (used + seat.n_cells as u64, cached),
             None => (used, cached + seat.n_cells as u64),
         })
@@ -99,7 +99,7 @@ impl Seats {
     /// Whether there are seats, and with one pool of cells also cells, for all choices. Cells of finished sequences
     /// count as free: seating evicts them where needed.
     pub(super) fn has_room(&self, job: &Job) -> bool {
-        let n_free = self.seats.iter().filter(|seat| seat.owner.is_none()).count();
+        let n_free = self.all.iter().filter(|seat| seat.owner.is_none()).count();
         if n_free < job.n as usize {
             return false;
         }
@@ -108,15 +108,15 @@ impl Seats {
     }
 
     /// Gives `job` its seats: the one that shares most of the prompt for the first choice, then those unused for longest.
-    pub(super) fn seat(&mut self, job: Job) -> Admission {
-        let first = self.best_free(&job);
-        let n_cached = if job.reuse { reusable(&self.seats[first as usize], &job.prompt) } else { 0 };
+    pub(super) fn seat(&mut self, job: &Job) -> Admission {
+        let first = self.best_free(job);
+        let n_cached = if job.reuse { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
         let mut seqs = vec![first];
         let mut ops = Vec::new();
-        self.occupy(first, &job, n_cached, &mut ops);
+        self.occupy(first, job, n_cached, &mut ops);
         for _ in 1..job.n {
             let Some(seq) = self.longest_unused() else { break };
-            self.occupy(seq, &job, 0, &mut ops);
+            self.occupy(seq, job, 0, &mut ops);
             self.at(seq).waits_for_fork = true;
             self.at(first).forks.push(seq);
             seqs.push(seq);
@@ -152,13 +152,13 @@ impl Seats {
         }
         loop {
             let promised: usize = self.busy().map(|(_, seat)| seat.reserved).sum();
-            let cached: usize = self.seats.iter().filter(|s| s.owner.is_none()).map(|s| s.n_cells).sum();
+            let cached: usize = self.all.iter().filter(|s| s.owner.is_none()).map(|s| s.n_cells).sum();
             if promised + cached <= self.limits.n_cells as usize {
                 return;
             }
             let oldest = (0..self.limits.n_seq_max)
-                .filter(|&seq| self.seats[seq as usize].owner.is_none() && self.seats[seq as usize].n_cells > 0)
-                .min_by_key(|&seq| self.seats[seq as usize].stamp);
+                .filter(|&seq| self.all[seq as usize].owner.is_none() && self.all[seq as usize].n_cells > 0)
+                .min_by_key(|&seq| self.all[seq as usize].stamp);
             let Some(seq) = oldest else { return };
             self.at(seq).clear();
             ops.push(CacheOp::Keep { seq, n_tokens: 0 });
@@ -168,9 +168,9 @@ impl Seats {
     /// The free seat that shares the longest prefix with the prompt; among equals the one unused for longest.
     fn best_free(&self, job: &Job) -> SeqId {
         (0..self.limits.n_seq_max)
-            .filter(|&seq| self.seats[seq as usize].owner.is_none())
+            .filter(|&seq| self.all[seq as usize].owner.is_none())
             .max_by_key(|&seq| {
-                let seat = &self.seats[seq as usize];
+                let seat = &self.all[seq as usize];
                 (if job.reuse { reusable(seat, &job.prompt) } else { 0 }, std::cmp::Reverse(seat.stamp))
             })
             .unwrap_or(0)
@@ -178,8 +178,8 @@ impl Seats {
 
     fn longest_unused(&self) -> Option<SeqId> {
         (0..self.limits.n_seq_max)
-            .filter(|&seq| self.seats[seq as usize].owner.is_none())
-            .min_by_key(|&seq| self.seats[seq as usize].stamp)
+            .filter(|&seq| self.all[seq as usize].owner.is_none())
+            .min_by_key(|&seq| self.all[seq as usize].stamp)
     }
 
     pub(super) fn forget_prefix(&mut self, seq: SeqId) {
@@ -227,7 +227,7 @@ impl Seats {
             heir.forks = rest;
         }
         self.order.retain(|&busy| busy != seq);
-        for seat in &mut self.seats {
+        for seat in &mut self.all {
             seat.forks.retain(|&fork| fork != seq);
         }
     }

@@ -338,14 +338,16 @@ impl Replay {
     }
 
     fn step_failed(&mut self, step: &Step, fault: Fault) {
+        if fault == Fault::HalfWritten {
+            for row in &step.rows {
+                self.scheduler.discard(row.seq);
+                self.cache[row.seq as usize].clear();
+            }
+        }
         for row in &step.rows {
             if let Some(id) = self.owners[row.seq as usize] {
                 self.note(&format!("{} fails", letter(id)));
                 self.end(id);
-            }
-            if fault == Fault::HalfWritten {
-                self.scheduler.discard(row.seq);
-                self.cache[row.seq as usize].clear();
             }
         }
     }

@@ -32,8 +32,8 @@ pub(super) fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<E
             environment.config_file = Some(PathBuf::from(text));
         } else if name == HOME {
             environment.home = Some(PathBuf::from(text));
-        } else if name.starts_with("MINERVA_") {
-            // Not an error: other tools have variables with our prefix too.
+        } else if name.starts_with("MINERVA_") && !OF_OTHERS.contains(&name.as_str()) {
+            // Not an error: others may have variables with our prefix too.
             let hint = super::file::nearest(&name, SETTINGS.iter().map(|setting| setting.env));
             let hint = hint.map_or_else(String::new, |hint| format!("; did you mean `{hint}`?"));
             environment.warnings.push(format!("`{name}` is no setting of Minerva and is ignored{hint}"));
@@ -41,5 +41,8 @@ pub(super) fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<E
     }
     Ok(environment)
 }
+
+/// Variables of our own tools and tests.
+const OF_OTHERS: &[&str] = &["MINERVA_CACHE_DIR", "MINERVA_TEST_MODEL", "MINERVA_URL"];
 
 const HOME: &str = if cfg!(windows) { "USERPROFILE" } else { "HOME" };

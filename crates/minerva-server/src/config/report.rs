@@ -51,7 +51,7 @@ impl Report {
         match format {
             ReportFormat::Table => self.table(),
             ReportFormat::Json => self.json(),
-            ReportFormat::Markdown => markdown(),
+            ReportFormat::Markdown => reference(),
         }
     }
 
@@ -102,7 +102,7 @@ fn show(kind: Kind, value: &Value) -> String {
 }
 
 /// docs/configuration.md, from the table alone.
-fn markdown() -> String {
+pub fn reference() -> String {
     let mut text = INTRODUCTION.to_owned();
     let mut last_section = "";
     for setting in SETTINGS {
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn the_reference_has_every_setting_with_its_default() {
-        let text = markdown();
+        let text = reference();
         for setting in SETTINGS {
             assert!(text.contains(setting.env) && text.contains(setting.help), "{}", setting.path);
         }

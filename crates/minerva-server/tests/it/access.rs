@@ -84,7 +84,8 @@ async fn an_allowed_origin_gets_its_preflight_without_a_key_and_may_read_the_ans
     })
     .await;
     let origin = "origin: https://chat.example\r\n";
-    let preflight = head("OPTIONS", "/v1/chat/completions", &format!("{origin}access-control-request-method: POST\r\n"));
+    let preflight =
+        head("OPTIONS", "/v1/chat/completions", &format!("{origin}access-control-request-method: POST\r\n"));
     let reply = raw(&server, preflight.as_bytes()).await;
     assert_eq!(reply.status, 204);
     assert_eq!(reply.header("access-control-allow-origin"), Some("https://chat.example"));

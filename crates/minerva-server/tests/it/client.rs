@@ -76,7 +76,8 @@ pub(crate) async fn post_with(address: SocketAddr, path: &str, headers: &str, bo
 }
 
 pub(crate) fn post_bytes(path: &str, headers: &str, body: &[u8]) -> Vec<u8> {
-    let content_type = if headers.to_ascii_lowercase().contains("content-type") { "" } else { "content-type: application/json\r\n" };
+    let content_type =
+        if headers.to_ascii_lowercase().contains("content-type") { "" } else { "content-type: application/json\r\n" };
     let headers = format!("{headers}{content_type}content-length: {}\r\n", body.len());
     [head("POST", path, &headers).as_bytes(), body].concat()
 }

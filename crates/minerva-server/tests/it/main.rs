@@ -6,7 +6,7 @@
 //! - [`access`]: keys, hosts, origins
 //! - [`operation`]: health, status, metrics, request ids
 //! - [`drop`]: many clients, some of which leave
-//! - [`shutdown`]: signals, against the real binary
+//! - [`shutdown`], [`programs`]: the binaries: signals, exit codes, logs
 
 mod access;
 mod chat;
@@ -17,6 +17,8 @@ mod errors;
 mod fuzz;
 mod limits;
 mod operation;
+mod process;
+mod programs;
 mod server;
 mod shutdown;
 mod stream;

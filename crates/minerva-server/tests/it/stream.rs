@@ -56,7 +56,8 @@ async fn a_chat_stream_reads_as_its_transcript() {
 #[tokio::test]
 async fn a_chat_stream_with_usage_and_logprobs_reads_as_its_transcript() {
     let server = start().await;
-    let fields = json!({"stream_options": {"include_usage": true}, "logprobs": true, "top_logprobs": 1, "max_tokens": 2});
+    let fields =
+        json!({"stream_options": {"include_usage": true}, "logprobs": true, "top_logprobs": 1, "max_tokens": 2});
     let reply = stream(&server, CHAT, hello(), fields).await;
     expect_file!["golden/chat_usage_logprobs.sse"].assert_eq(&stable(&reply.text()));
 }
@@ -73,7 +74,10 @@ async fn a_completion_stream_reads_as_its_transcript() {
 async fn a_stream_says_what_the_whole_answer_says() {
     let server = start().await;
     for (path, request) in [
-        (CHAT, json!({"messages": [{"role": "user", "content": "tell me"}], "max_tokens": 40, "seed": 5, "temperature": 1.0})),
+        (
+            CHAT,
+            json!({"messages": [{"role": "user", "content": "tell me"}], "max_tokens": 40, "seed": 5, "temperature": 1.0}),
+        ),
         (TEXT, json!({"prompt": ["one", "two"], "n": 2, "max_tokens": 40, "seed": 5, "temperature": 1.0})),
     ] {
         let whole = server.post(path, &request).await.json();
@@ -87,8 +91,12 @@ async fn a_stream_says_what_the_whole_answer_says() {
             let joined: String = events.iter().filter(ours).map(piece).collect();
             let text = choice["text"].as_str().or(choice["message"]["content"].as_str()).unwrap();
             assert_eq!(joined, text);
-            let ends: Vec<_> =
-                events.iter().filter(ours).map(|event| &event["choices"][0]["finish_reason"]).filter(|end| !end.is_null()).collect();
+            let ends: Vec<_> = events
+                .iter()
+                .filter(ours)
+                .map(|event| &event["choices"][0]["finish_reason"])
+                .filter(|end| !end.is_null())
+                .collect();
             assert_eq!(ends, [&choice["finish_reason"]]);
         }
         assert_eq!(events.last().unwrap(), "[DONE]");

@@ -1,0 +1,13 @@
+//! The engine through its public face: over the simulator, whose text depends on every token of a sequence, and over the
+//! real model in [`real_model`]. `support` reads streams and checks on the way that they keep their order.
+
+mod contract;
+mod dropping;
+mod ending;
+mod faults;
+mod isolation;
+mod output;
+mod own_process;
+mod real_model;
+mod refusals;
+mod support;

@@ -1,0 +1,99 @@
+//! What can only be seen from outside, or when nothing else runs: threads that are left, and bytes on stdout and stderr.
+//!
+//! The ignored tests here are the insides of the others, which run them one by one in a process of their own.
+
+use std::process::{Command, Output};
+
+use futures_util::FutureExt;
+use minerva_engine::{Engine, SimConfig};
+
+use crate::real_model;
+use crate::support::{ask, greedy, submit, tokens, wait_until};
+
+fn run_alone(test: &str) -> Output {
+    let this = std::env::current_exe().expect("a test has an executable");
+    let name = format!("own_process::{test}");
+    let output = Command::new(this).args(["--exact", &name, "--ignored", "--nocapture"]).output().expect("it runs");
+    let text = [output.stdout.as_slice(), &output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
+    assert!(String::from_utf8_lossy(&text).contains("1 passed"), "{}", String::from_utf8_lossy(&text));
+    output
+}
+
+/// The names of this process's threads that are the engine's.
+fn engine_threads() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("Linux lists threads");
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("minerva")).collect()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn no_thread_is_left_when_the_last_handle_is_gone() {
+    run_alone("inside_count_threads");
+}
+
+#[test]
+#[ignore = "run by no_thread_is_left_when_the_last_handle_is_gone"]
+fn inside_count_threads() {
+    let config = SimConfig { step_us: 1000, ..SimConfig::default() };
+    for _ in 0..10 {
+        let engine = Engine::simulate(config.clone());
+        wait_until("a new thread has its name", || engine_threads().len() == 2);
+        ask(&engine, greedy(tokens(1, 10), 2));
+        let unfinished = submit(&engine, greedy(tokens(2, 10), 500));
+        let clone = engine.clone();
+        drop(engine);
+        assert_eq!(engine_threads().len(), 2);
+        drop((clone, unfinished));
+        // The engine thread has ended when the drop returns, the intake thread follows.
+        wait_until("the threads ended", || engine_threads().is_empty());
+    }
+    // After a shutdown as well, and when it is the intake thread that drops the last handle.
+    let engine = Engine::simulate(config.clone());
+    engine.shutdown();
+    drop(engine);
+    wait_until("the threads ended", || engine_threads().is_empty());
+    let engine = Engine::simulate(config);
+    let _ = engine.generate(greedy(tokens(1, 10), 500)).now_or_never();
+    drop(engine);
+    wait_until("the threads ended", || engine_threads().is_empty());
+}
+
+/// The output of the test harness itself, without what differs from run to run.
+fn without_names_and_times(output: &Output) -> String {
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let lines = stdout.lines().map(|line| match line.split_once("finished in") {
+        Some((before, _)) => before,
+        None => line.trim_start_matches(|c: char| !c.is_whitespace() || c == ' ').trim(),
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn nothing_is_printed_while_a_model_is_loaded_and_generates() {
+    let quiet = run_alone("inside_generate");
+    let nothing = run_alone("inside_do_nothing");
+    assert_eq!(String::from_utf8_lossy(&quiet.stderr), "");
+    assert_eq!(
+        String::from_utf8_lossy(&quiet.stdout).lines().count(),
+        String::from_utf8_lossy(&nothing.stdout).lines().count(),
+        "{}",
+        String::from_utf8_lossy(&quiet.stdout)
+    );
+    assert_eq!(without_names_and_times(&quiet), without_names_and_times(&nothing));
+}
+
+#[test]
+#[ignore = "run by nothing_is_printed_while_a_model_is_loaded_and_generates"]
+fn inside_generate() {
+    let engine = real_model::load();
+    let answer = ask(&engine, minerva_engine::Request::text("The capital of France is").greedy().max_tokens(4));
+    assert_eq!(answer.summary().completion_tokens, 4);
+    let missing = Engine::load(minerva_engine::EngineConfig::new("/no/such/model.gguf"), |_| std::ops::ControlFlow::Continue(()));
+    assert!(missing.is_err());
+}
+
+#[test]
+#[ignore = "run by nothing_is_printed_while_a_model_is_loaded_and_generates"]
+fn inside_do_nothing() {}
