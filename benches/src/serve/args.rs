@@ -80,7 +80,7 @@ pub struct Args {
     /// Write the report here
     #[arg(long, value_name = "FILE")]
     pub markdown: Option<PathBuf>,
-    /// Exit with 1 unless it holds: WORKLOAD[.METRIC][/peer|/engine]>=RATIO or <=RATIO; may be repeated. Metrics:
+    /// Exit with 1 unless it holds: `one>=1.0`, `one/engine>=0.96`, `shared-prefix.ttft-p99<=0.1`; may be repeated. Metrics:
     /// throughput (if none is named), ttft-p50, ttft-p99, gap-p50, gap-p99, long-rate; errors is our count
     #[arg(long, value_name = "GATE")]
     pub gate: Vec<Gate>,

@@ -144,5 +144,5 @@ const SHOWN: [(&str, &str); 14] = [
     ("extra buffers", "/~1v1~1status/model/placement/extra_buffers"),
     ("sequences", "/~1v1~1status/model/n_seq_max"),
     ("cells", "/~1v1~1status/model/n_cells"),
-    ("commit", "/~1v1~1status/build/commit"),
+    ("compiler", "/~1v1~1status/build/compiler"),
 ];

@@ -50,7 +50,26 @@ pub fn run(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
         return Ok(true);
     }
     check(args)?;
-    runtime()?.block_on(compare(args, say))
+    runtime()?.block_on(async {
+        // Dropping the comparison stops what it has started.
+        tokio::select! {
+            result = compare(args, say) => result,
+            () = stop_signal() => bail!("stopped by a signal"),
+        }
+    })
+}
+
+/// Ends when somebody asks this process to.
+async fn stop_signal() {
+    #[cfg(unix)]
+    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        return;
+    }
+    let _ = tokio::signal::ctrl_c().await;
 }
 
 /// One thread: the load must not compete with the servers.

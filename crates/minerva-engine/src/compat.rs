@@ -91,8 +91,13 @@ impl LlamaCppBackend {
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> MinervaResult<()> {
         let engine = self.engine.as_ref().ok_or(MinervaError::NotLoaded)?;
-        let sampling =
-            SamplingParams { temperature, top_p, top_k: TOP_K, repeat_penalty: REPEAT_PENALTY, ..SamplingParams::default() };
+        let sampling = SamplingParams {
+            temperature,
+            top_p,
+            top_k: TOP_K,
+            repeat_penalty: REPEAT_PENALTY,
+            ..SamplingParams::default()
+        };
         let max_tokens = Some(u32::try_from(max_tokens).unwrap_or(u32::MAX));
         let mut events = engine.generate_blocking(Request { max_tokens, sampling, ..Request::text(prompt) })?;
         while let Some(event) = events.blocking_next() {

@@ -128,7 +128,10 @@ impl Engine {
         self.hand_over(request)?.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
     }
 
-    fn hand_over(&self, request: Request) -> Result<oneshot::Receiver<Result<EventStream, RequestError>>, RequestError> {
+    fn hand_over(
+        &self,
+        request: Request,
+    ) -> Result<oneshot::Receiver<Result<EventStream, RequestError>>, RequestError> {
         let (answer, receiver) = oneshot::channel();
         let engine = Arc::clone(&self.inner);
         self.inner.task(Task::Generate { request: Box::new(request), submitted: Instant::now(), engine, answer })?;
@@ -227,5 +230,57 @@ impl Drop for Inner {
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("model", &self.info.name).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
+    use crate::event::{Event, GenerationError};
+
+    /// A backend with a bug.
+    struct Broken(BackendLimits);
+
+    impl Backend for Broken {
+        fn limits(&self) -> BackendLimits {
+            self.0
+        }
+
+        fn decode(&mut self, _rows: &[Row]) -> Result<(), StepError> {
+            panic!("a bug")
+        }
+
+        fn logits(&self, _i: usize) -> Option<&[f32]> {
+            None
+        }
+
+        fn truncate(&mut self, _seq: SeqId, _n_tokens: u32) -> bool {
+            true
+        }
+
+        fn copy(&mut self, _src: SeqId, _dst: SeqId, _n_tokens: u32) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_engine_thread_ends_every_stream_and_refuses_what_comes_next() {
+        let (mut loaded, info) = sim::load(SimConfig { n_seq_max: 1, ..SimConfig::default() });
+        loaded.backend = Box::new(Broken(loaded.backend.limits()));
+        let engine = Engine::start(loaded, info, QueueLimits { requests: 9, tokens: 999 })
+            .expect("the system can start a thread");
+        let streams = (0..3).map_while(|_| engine.generate_blocking(Request::text("x").max_tokens(5)).ok());
+        for mut events in streams.collect::<Vec<_>>() {
+            assert_eq!(events.blocking_next(), Some(Event::Failed(GenerationError::Shutdown)));
+            assert_eq!(events.blocking_next(), None);
+        }
+        while !engine.inner.is_closed() {
+            thread::yield_now();
+        }
+        assert!(matches!(engine.generate_blocking(Request::text("x")), Err(RequestError::ShuttingDown)));
+        let stats = engine.stats();
+        assert_eq!((stats.requests_running, stats.requests_queued, stats.kv_cells_used), (0, 0, 0));
+        assert_eq!(engine.step_age(), None);
     }
 }

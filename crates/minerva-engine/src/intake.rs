@@ -116,7 +116,8 @@ impl Intake {
         let n_cells = self.limits.n_cells as usize;
         let needed = (n_prompt + max_tokens as usize) * request.n as usize;
         if self.limits.unified && needed > n_cells {
-            let allowed = format!("small enough for {n_cells} cells: each choice may need {}", needed / request.n as usize);
+            let allowed =
+                format!("small enough for {n_cells} cells: each choice may need {}", needed / request.n as usize);
             return Err(InvalidParam::new("n", request.n, allowed).into());
         }
         Ok(())

@@ -191,11 +191,11 @@ impl Worker {
             let n_prompt = step.rows[output.row].pos + 1;
             let mut copies = self.scheduler.forks(output.seq);
             copies.retain(|&fork| {
-                let copied = self.backend.copy(output.seq, fork, n_prompt);
-                if !copied {
+                let is_there = self.backend.copy(output.seq, fork, n_prompt);
+                if !is_there {
                     self.scheduler.fork_failed(fork);
                 }
-                copied
+                is_there
             });
             self.sample_row(output.row, output.seq, now);
             for fork in copies {

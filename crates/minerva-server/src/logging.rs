@@ -10,23 +10,30 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// What is logged when `RUST_LOG` says nothing: llama.cpp and ggml are chatty about every load.
-const DEFAULT_FILTER: &str = "info,llama.cpp=warn,ggml=warn";
+/// What is logged when `RUST_LOG` says nothing.
+const DEFAULT_FILTER: &str = "info";
+/// Comes before what `RUST_LOG` says. llama.cpp writes thousands of lines about a load at debug level, in which ours would
+/// drown; `RUST_LOG=debug,llama.cpp=debug,ggml=debug` shows them.
+const QUIET_FILTER: &str = "llama.cpp=warn,ggml=warn";
 
 /// Sends log lines to stderr, filtered by the text of `RUST_LOG`.
 ///
 /// # Errors
 /// A filter that cannot be parsed, or logging that was set up before.
 pub(crate) fn init(filter: Option<&str>, with_time: bool) -> anyhow::Result<()> {
-    let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(DEFAULT_FILTER);
-    let filter =
-        EnvFilter::try_new(filter).map_err(|problem| anyhow::anyhow!("`RUST_LOG` is `{filter}`: {problem}"))?;
+    let filter = env_filter(filter)?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .event_format(GuideFormat { with_time })
         .with_writer(std::io::stderr)
         .try_init()
         .map_err(|problem| anyhow::anyhow!("logging is already set up: {problem}"))
+}
+
+fn env_filter(filter: Option<&str>) -> anyhow::Result<EnvFilter> {
+    let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(DEFAULT_FILTER);
+    EnvFilter::try_new(format!("{QUIET_FILTER},{filter}"))
+        .map_err(|problem| anyhow::anyhow!("`RUST_LOG` is `{filter}`: {problem}"))
 }
 
 /// `[INFO] GPU Context initialized: device=Metal, max_memory=21474MB`, with the time in front on request.
@@ -101,29 +108,46 @@ mod tests {
         }
     }
 
-    #[test]
-    fn lines_look_as_in_the_guide_and_the_default_filter_mutes_llama_cpp() {
+    fn logged(filter: Option<&str>) -> String {
         let lines = Lines::default();
         let writer = lines.clone();
         let subscriber = tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::try_new(DEFAULT_FILTER).unwrap())
+            .with_env_filter(env_filter(filter).unwrap())
             .event_format(GuideFormat { with_time: false })
             .with_writer(move || writer.clone())
             .finish();
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!("GPU Context initialized: device={}, max_memory={}MB", "Metal", 21474);
+            tracing::debug!("Loading model with gpu_layers={}", 40);
             tracing::warn!(reason = "no room", "GPU OOM, falling back to CPU");
-            tracing::debug!("not shown");
-            tracing::info!(target: "llama.cpp", "not shown");
-            tracing::warn!(target: "ggml", "shown");
+            tracing::debug!(target: "llama.cpp", "a tensor");
+            tracing::info!(target: "ggml", "a buffer");
+            tracing::warn!(target: "ggml", "trouble");
         });
-        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let bytes = lines.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn lines_look_as_in_the_guide_and_llama_cpp_is_quiet_unless_it_is_named() {
         expect_test::expect![[r#"
             [INFO] GPU Context initialized: device=Metal, max_memory=21474MB
             [WARN] GPU OOM, falling back to CPU reason="no room"
-            [WARN] shown
+            [WARN] trouble
         "#]]
-        .assert_eq(&text);
+        .assert_eq(&logged(None));
+        expect_test::expect![[r#"
+            [INFO] GPU Context initialized: device=Metal, max_memory=21474MB
+            [DEBUG] Loading model with gpu_layers=40
+            [WARN] GPU OOM, falling back to CPU reason="no room"
+            [WARN] trouble
+        "#]]
+        .assert_eq(&logged(Some("debug")));
+        assert_eq!(
+            logged(Some("warn,llama.cpp=debug,ggml=off")),
+            "[WARN] GPU OOM, falling back to CPU reason=\"no room\"\n[DEBUG] a tensor\n"
+        );
+        assert!(env_filter(Some("nonsense=loud")).is_err());
     }
 
     #[test]

@@ -11,10 +11,9 @@ pub(crate) struct LlamaBackend {
 }
 
 impl LlamaBackend {
-    /// `n_ubatch` is what the context was made with.
-    pub(crate) fn new(context: Context, n_ubatch: u32) -> Self {
+    pub(crate) fn new(context: Context) -> Self {
         let batch = Batch::new(&context);
-        Self { n_ubatch: n_ubatch.min(context.n_batch()), context, batch }
+        Self { context, batch }
     }
 
     /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.
@@ -40,7 +39,7 @@ impl Backend for LlamaBackend {
             n_cells: self.context.n_ctx(),
             unified: self.context.kv_unified(),
             n_batch: self.context.n_batch(),
-            n_ubatch: self.n_ubatch,
+            n_ubatch: self.context.n_ubatch(),
             n_vocab: self.context.model().n_vocab(),
         }
     }

@@ -54,7 +54,7 @@ fn load_plan(config: &EngineConfig, plan: &Plan, report: &mut Report<'_>) -> Res
     let context = Context::new(&model, &plan.context)?;
     let has_chat_template = tokenizer.has_chat_template();
     let context_length_tokens = plan.context_length_tokens.min(context.n_ctx_seq());
-    let mut backend = LlamaBackend::new(context, plan.context.n_ubatch);
+    let mut backend = LlamaBackend::new(context);
     progress(report, "warm-up", 0.95)?;
     backend.warm_up();
     progress(report, "ready", 1.0)?;
@@ -124,5 +124,53 @@ pub(crate) fn build_info() -> BuildInfo {
         backends: backends.iter().filter(|(_, there)| *there).map(|(name, _)| (*name).to_owned()).collect(),
         cpu_features: minerva_llama::cpu_features(),
         compiler: format!("{} (AMX code {})", minerva_llama::compiler(), minerva_llama::amx_state()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::KvType;
+
+    #[test]
+    fn a_plan_is_what_the_load_then_takes() {
+        const MIB: u64 = 1 << 20;
+        let model =
+            std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model");
+        for (kv_type, n_seq_max, kv_unified, use_mmap) in
+            [(KvType::F16, 4, false, true), (KvType::Q8_0, 1, false, false), (KvType::F16, 3, true, true)]
+        {
+            let config = EngineConfig {
+                device: minerva_gpu::DeviceChoice::Cpu,
+                context_length_tokens: Some(1024),
+                n_seq_max: Some(n_seq_max),
+                n_threads: Some(1),
+                kv_type_k: kv_type,
+                kv_type_v: kv_type,
+                kv_unified,
+                use_mmap,
+                ..EngineConfig::new(std::path::PathBuf::from(&model))
+            };
+            let plan = placement::plan(&config, build_backends()).expect("it fits");
+            let (loaded, info) = load_plan(&config, &plan, &mut |_| ControlFlow::Continue(())).expect("it loads");
+            let limits = loaded.backend.limits();
+            assert_eq!((limits.n_seq_max, limits.unified), (n_seq_max, kv_unified));
+            assert_eq!(limits.n_cells, info.n_cells);
+            assert_eq!(limits.n_ubatch, 512, "not the batch, which is {}", limits.n_batch);
+            let (planned, real) = (&plan.placement.memory, &info.placement.memory);
+            assert_eq!(planned.len(), real.len());
+            for (planned, real) in planned.iter().zip(real) {
+                for (what, planned, real) in [
+                    ("weights", planned.weights_bytes, real.weights_bytes),
+                    ("kv", planned.kv_bytes, real.kv_bytes),
+                    ("compute", planned.compute_bytes, real.compute_bytes),
+                ] {
+                    assert!(
+                        planned.abs_diff(real) <= MIB,
+                        "{what}: planned {planned}, taken {real} bytes ({kv_type:?})"
+                    );
+                }
+            }
+        }
     }
 }

@@ -104,8 +104,10 @@ fn plan_on_cpu(config: &EngineConfig, gpu: &GpuContext, estimate: &MemoryEstimat
 
 fn plan_on_gpu(config: &EngineConfig, gpu: &GpuContext, estimate: &MemoryEstimate) -> Result<Plan, LoadError> {
     let device = gpu.device();
-    let index = llama_device(device)
-        .ok_or_else(|| LoadError::Setting { name: "gpu", problem: format!("llama.cpp does not see {}", device.name) })?;
+    let index = llama_device(device).ok_or_else(|| LoadError::Setting {
+        name: "gpu",
+        problem: format!("llama.cpp does not see {}", device.name),
+    })?;
     let model = ModelParams { devices: vec![index], n_gpu_layers: u32::MAX, ..model_params(config) };
     let mut draft = Draft::new(config, gpu, model)?;
     let all_layers = draft.n_layers + 1; // the output layer counts
@@ -122,7 +124,8 @@ fn plan_on_gpu(config: &EngineConfig, gpu: &GpuContext, estimate: &MemoryEstimat
     if device_bytes(&taken) > estimate.budget_bytes {
         let over = device_bytes(&taken);
         let used_bytes = estimate.total_bytes.saturating_sub(estimate.free_bytes);
-        let out = LoadError::OutOfMemory { what: "GPU", needed_bytes: over, used_bytes, limit_bytes: estimate.limit_bytes };
+        let out =
+            LoadError::OutOfMemory { what: "GPU", needed_bytes: over, used_bytes, limit_bytes: estimate.limit_bytes };
         if config.n_gpu_layers.is_some() && !config.fallback_to_cpu {
             return Err(out);
         }
@@ -281,7 +284,8 @@ fn first_sizes(config: &EngineConfig, train_tokens: u32) -> Result<Sizes, LoadEr
     }
     // Requests that may be longer than an equal share of the cells need one pool.
     let unified = config.kv_unified || (config.context_length_tokens.is_some() && wish.saturating_mul(n_seq) > n_cells);
-    let context_tokens = if unified { wish.min(n_cells) } else { config.context_length_tokens.unwrap_or(n_cells / n_seq) };
+    let context_tokens =
+        if unified { wish.min(n_cells) } else { config.context_length_tokens.unwrap_or(n_cells / n_seq) };
     Ok(Sizes { n_seq, context_tokens, n_cells, unified })
 }
 
@@ -296,7 +300,8 @@ fn model_params(config: &EngineConfig) -> ModelParams {
 /// llama.cpp computes attention over a quantized V only with flash attention, and says so by crashing at some versions.
 fn check_kv_types(config: &EngineConfig) -> Result<(), LoadError> {
     if config.flash_attention == FlashAttention::Off && kv_type(config.kv_type_v).is_quantized() {
-        let problem = format!("{:?} needs flash attention; without it use f32, f16 or bf16", config.kv_type_v).to_lowercase();
+        let problem =
+            format!("{:?} needs flash attention; without it use f32, f16 or bf16", config.kv_type_v).to_lowercase();
         return Err(LoadError::Setting { name: "cache-type-v", problem });
     }
     Ok(())

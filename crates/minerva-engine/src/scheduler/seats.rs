@@ -38,7 +38,10 @@ impl Seat {
     }
 
     fn is_decoding(&self) -> bool {
-        self.owner.is_some() && !self.waits_for_fork && self.n_cells >= self.n_prompt && self.tokens.len() > self.n_cells
+        self.owner.is_some()
+            && !self.waits_for_fork
+            && self.n_cells >= self.n_prompt
+            && self.tokens.len() > self.n_cells
     }
 
     fn clear(&mut self) {

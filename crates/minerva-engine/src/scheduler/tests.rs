@@ -2,6 +2,7 @@
 //!
 //! [`Replay`] does what the worker does, with a clock that is only counted and a cache that holds nothing but tokens. It
 //! checks the scheduler's promises after every step, so each golden trace is a test of the invariants as well.
+#![expect(clippy::needless_raw_string_hashes, reason = "expect-test writes them")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -153,9 +154,9 @@ fn pool(n_seq_max: u32, n_cells: u32) -> BackendLimits {
 }
 
 /// Runs the requests to their ends and returns a line per step.
-fn simulate<const N: usize>(limits: BackendLimits, scripts: [Script; N]) -> String {
+fn simulate<const N: usize>(limits: BackendLimits, scripts: &[Script; N]) -> String {
     let mut replay = Replay::new(limits);
-    replay.run(&scripts, &BTreeMap::new());
+    replay.run(scripts, &BTreeMap::new());
     replay.trace
 }
 
@@ -191,7 +192,7 @@ impl Replay {
             self.turn(faults.get(&tick).copied());
             self.check_books();
             if !self.line.is_empty() {
-                self.trace += &format!("tick {}{}\n", self.tick, std::mem::take(&mut self.line));
+                self.trace += &["tick ", &tick.to_string(), &std::mem::take(&mut self.line), "\n"].concat();
             }
             self.tick += 1;
         }
@@ -280,7 +281,11 @@ impl Replay {
             live.seqs.clone_from(&admission.seqs);
             let first = admission.seqs[0];
             assert!(n_cached < prompt.len(), "the last token has to be computed");
-            assert_eq!(self.cache[first as usize].get(..n_cached), prompt.get(..n_cached), "the prefix is somebody else's");
+            assert_eq!(
+                self.cache[first as usize].get(..n_cached),
+                prompt.get(..n_cached),
+                "the prefix is somebody else's"
+            );
             if n_cached > 0 {
                 self.note(&format!("{} reuses {n_cached}", letter(id)));
             }
@@ -381,7 +386,10 @@ impl Replay {
         let rows = step.rows.iter().enumerate();
         assert_eq!(asked, rows.filter(|(_, row)| row.output).map(|(i, row)| (i, row.seq)).collect::<Vec<_>>());
         let n_decode = step.rows.len() - step.n_prefill;
-        let ready = self.live.values().flat_map(|live| live.seqs.iter().zip(&live.n_generated).zip(0..).map(move |t| (live, t)));
+        let ready = self
+            .live
+            .values()
+            .flat_map(|live| live.seqs.iter().zip(&live.n_generated).zip(0..).map(move |t| (live, t)));
         let n_ready = ready.filter(|(live, ((_, n), choice))| **n > 0 && live.runs(*choice)).count();
         assert_eq!(n_decode, n_ready.min(self.limits.n_batch as usize), "a sequence that could decode did not");
     }
@@ -418,52 +426,59 @@ fn letter(id: RequestId) -> String {
 
 #[test]
 fn long_prompt_prefills_in_chunks_while_another_sequence_decodes() {
-    let trace = simulate(limits(2, 4), [
-        request("a").prompt(2).generate(4),
-        request("b").at_tick(1).prompt(6).generate(2),
-    ]);
+    let trace =
+        simulate(limits(2, 4), &[request("a").prompt(2).generate(4), request("b").at_tick(1).prompt(6).generate(2)]);
     expect![[r#"
         tick 0 | a prefill 0..2
         tick 1 | a decode | b prefill 0..3
         tick 2 | a decode | b prefill 3..6
         tick 3 | a decode | b decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn decoding_sequences_come_first_and_in_the_order_of_their_admission() {
-    let trace = simulate(limits(3, 8), [
-        request("a").prompt(3).generate(3),
-        request("b").prompt(3).generate(5),
-        request("c").prompt(3).generate(4),
-        request("d").prompt(5).generate(2), // gets the seat of a, and comes last all the same
-    ]);
+    let trace = simulate(
+        limits(3, 8),
+        &[
+            request("a").prompt(3).generate(3),
+            request("b").prompt(3).generate(5),
+            request("c").prompt(3).generate(4),
+            request("d").prompt(5).generate(2), // gets the seat of a, and comes last all the same
+        ],
+    );
     expect![[r#"
         tick 0 | a prefill 0..3 | b prefill 0..3 | c prefill 0..2
         tick 1 | a decode | b decode | c prefill 2..3
         tick 2 | a decode | b decode | c decode
         tick 3 | b decode | c decode | d prefill 0..5
         tick 4 | b decode | c decode | d decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn two_prompts_are_computed_one_after_the_other_in_one_step_where_they_fit() {
-    let trace = simulate(limits(2, 8), [request("a").prompt(5).generate(2), request("b").prompt(6).generate(2)]);
+    let trace = simulate(limits(2, 8), &[request("a").prompt(5).generate(2), request("b").prompt(6).generate(2)]);
     expect![[r#"
         tick 0 | a prefill 0..5 | b prefill 0..3
         tick 1 | a decode | b prefill 3..6
         tick 2 | b decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn nobody_overtakes_a_request_that_waits_for_more_room() {
-    let trace = simulate(limits(2, 16), [
-        request("a").prompt(2).generate(3),
-        request("b").prompt(2).generate(2).choices(2), // needs both seats
-        request("c").prompt(2).generate(2),            // one seat is free all along
-    ]);
+    let trace = simulate(
+        limits(2, 16),
+        &[
+            request("a").prompt(2).generate(3),
+            request("b").prompt(2).generate(2).choices(2), // needs both seats
+            request("c").prompt(2).generate(2),            // one seat is free all along
+        ],
+    );
     expect![[r#"
         tick 0 | a prefill 0..2
         tick 1 | a decode
@@ -472,16 +487,20 @@ fn nobody_overtakes_a_request_that_waits_for_more_room() {
         tick 4 | b.0 decode | b.1 decode
         tick 5 | c prefill 0..2
         tick 6 | c decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn a_cancelled_request_at_the_head_of_the_queue_lets_the_next_one_in() {
-    let trace = simulate(limits(2, 16), [
-        request("a").prompt(2).generate(6),
-        request("b").prompt(2).generate(2).choices(2).cancelled_at(2),
-        request("c").prompt(2).generate(2),
-    ]);
+    let trace = simulate(
+        limits(2, 16),
+        &[
+            request("a").prompt(2).generate(6),
+            request("b").prompt(2).generate(2).choices(2).cancelled_at(2),
+            request("c").prompt(2).generate(2),
+        ],
+    );
     expect![[r#"
         tick 0 | a prefill 0..2
         tick 1 | a decode
@@ -489,7 +508,8 @@ fn a_cancelled_request_at_the_head_of_the_queue_lets_the_next_one_in() {
         tick 3 | a decode | c decode
         tick 4 | a decode
         tick 5 | a decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
@@ -498,7 +518,7 @@ fn the_next_turn_of_a_conversation_computes_only_what_is_new() {
     let b = request("b").at_tick(5).continues(&a).prompt(4).generate(2);
     let c = request("c").at_tick(10).continues(&b).prompt(1).generate(1);
     // The last token of an answer was never computed, so each turn has one more to compute than is new.
-    let trace = simulate(limits(2, 16), [a, b, c]);
+    let trace = simulate(limits(2, 16), &[a, b, c]);
     expect![[r#"
         tick 0 | a prefill 0..6
         tick 1 | a decode
@@ -506,73 +526,85 @@ fn the_next_turn_of_a_conversation_computes_only_what_is_new() {
         tick 5 | b reuses 8 | b prefill 8..13
         tick 6 | b decode
         tick 10 | c reuses 14 | c prefill 14..16
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn the_longest_common_prefix_is_reused_and_one_token_is_always_computed() {
-    let trace = simulate(limits(2, 16), [
-        request("a").shares("s", 0..4).prompt(2),
-        request("b").shares("s", 0..6).prompt(2),
-        request("c").at_tick(3).shares("s", 0..8),               // 6 with b, 4 with a
-        request("d").at_tick(6).shares("s", 0..8),               // the whole prompt is there: all but its last token
-        request("e").at_tick(9).shares("s", 1..8),               // the same tokens, but not from the start
-        request("f").at_tick(12).shares("s", 1..8).without_reuse(),
-    ]);
+    let trace = simulate(
+        limits(2, 16),
+        &[
+            request("a").shares("s", 0..4).prompt(2),
+            request("b").shares("s", 0..6).prompt(2),
+            request("c").at_tick(3).shares("s", 0..8), // 6 with b, 4 with a
+            request("d").at_tick(6).shares("s", 0..8), // the whole prompt is there: all but its last token
+            request("e").at_tick(9).shares("s", 1..8), // the same tokens, but not from the start
+            request("f").at_tick(12).shares("s", 1..8).without_reuse(),
+        ],
+    );
     expect![[r#"
         tick 0 | a prefill 0..6 | b prefill 0..8
         tick 3 | c reuses 6 | c prefill 6..8
         tick 6 | d reuses 7 | d prefill 7..8
         tick 9 | e prefill 0..7
         tick 12 | f prefill 0..7
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn a_prefix_of_a_sequence_that_still_runs_is_not_touched() {
-    let trace = simulate(limits(2, 16), [
-        request("a").shares("s", 0..6).generate(4),
-        request("b").at_tick(1).shares("s", 0..6).generate(2),
-    ]);
+    let trace = simulate(
+        limits(2, 16),
+        &[request("a").shares("s", 0..6).generate(4), request("b").at_tick(1).shares("s", 0..6).generate(2)],
+    );
     expect![[r#"
         tick 0 | a prefill 0..6
         tick 1 | a decode | b prefill 0..6
         tick 2 | a decode | b decode
         tick 3 | a decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn the_prompt_of_several_choices_is_computed_once() {
-    let trace = simulate(limits(3, 4), [request("a").prompt(6).generate(3).choices(3)]);
+    let trace = simulate(limits(3, 4), &[request("a").prompt(6).generate(3).choices(3)]);
     expect![[r#"
         tick 0 | a.0 prefill 0..4
         tick 1 | a.0 prefill 4..6 | a.1 copies a.0 | a.2 copies a.0
         tick 2 | a.0 decode | a.1 decode | a.2 decode
         tick 3 | a.0 decode | a.1 decode | a.2 decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn the_prompt_of_several_choices_is_computed_once_even_if_the_first_ends_at_its_first_token() {
-    let trace = simulate(limits(3, 8), [request("a").prompt(6).generate(1).choices(3)]);
+    let trace = simulate(limits(3, 8), &[request("a").prompt(6).generate(1).choices(3)]);
     expect![[r#"
         tick 0 | a.0 prefill 0..6 | a.1 copies a.0 | a.2 copies a.0
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn a_cancelled_request_gives_back_the_seats_that_wait_for_its_prompt() {
-    let trace = simulate(limits(3, 4), [
-        request("a").prompt(10).generate(3).choices(2).cancelled_at(2),
-        request("b").prompt(3).generate(2).choices(3),
-    ]);
+    let trace = simulate(
+        limits(3, 4),
+        &[
+            request("a").prompt(10).generate(3).choices(2).cancelled_at(2),
+            request("b").prompt(3).generate(2).choices(3),
+        ],
+    );
     expect![[r#"
         tick 0 | a.0 prefill 0..4
         tick 1 | a.0 prefill 4..8
         tick 2 | a is cancelled | b.0 prefill 0..3 | b.1 copies b.0 | b.2 copies b.0
         tick 3 | b.0 decode | b.1 decode | b.2 decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
@@ -599,28 +631,35 @@ fn a_seat_whose_source_is_released_early_computes_the_prompt_for_the_rest() {
 #[test]
 fn one_pool_of_cells_admits_only_what_it_can_promise() {
     // 20 cells: a may need 10, b 8, c 6; c has to wait for a, which ends before it used all it could.
-    let trace = simulate(pool(3, 20), [
-        Script { n_spare: 2, ..request("a").prompt(6).generate(2) },
-        request("b").prompt(4).generate(4),
-        request("c").prompt(4).generate(2),
-    ]);
+    let trace = simulate(
+        pool(3, 20),
+        &[
+            Script { n_spare: 2, ..request("a").prompt(6).generate(2) },
+            request("b").prompt(4).generate(4),
+            request("c").prompt(4).generate(2),
+        ],
+    );
     expect![[r#"
         tick 0 | a prefill 0..6 | b prefill 0..4
         tick 1 | a decode | b decode
         tick 2 | evicts 7 | b decode | c prefill 0..4
         tick 3 | b decode | c decode
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn one_pool_of_cells_evicts_the_oldest_finished_sequence_first_and_no_more_than_it_must() {
-    let trace = simulate(pool(4, 24), [
-        request("a").prompt(6),
-        request("b").at_tick(2).prompt(7),
-        request("c").at_tick(4).prompt(5), // a, b and c leave 18 cells
-        request("d").at_tick(6).prompt(8).generate(2), // 10 more: a has to go, b may stay
-        request("e").at_tick(9).shares("b", 0..7).prompt(1), // b is still there
-    ]);
+    let trace = simulate(
+        pool(4, 24),
+        &[
+            request("a").prompt(6),
+            request("b").at_tick(2).prompt(7),
+            request("c").at_tick(4).prompt(5),             // a, b and c leave 18 cells
+            request("d").at_tick(6).prompt(8).generate(2), // 10 more: a has to go, b may stay
+            request("e").at_tick(9).shares("b", 0..7).prompt(1), // b is still there
+        ],
+    );
     expect![[r#"
         tick 0 | a prefill 0..6
         tick 2 | b prefill 0..7
@@ -628,18 +667,22 @@ fn one_pool_of_cells_evicts_the_oldest_finished_sequence_first_and_no_more_than_
         tick 6 | evicts 6 | d prefill 0..8
         tick 7 | d decode
         tick 9 | e reuses 7 | e prefill 7..8
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace);
 }
 
 #[test]
 fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
     let mut budget = Budget::new(BackendLimits { n_batch: 2048, n_ubatch: 512, ..limits(8, 2048) });
-    let mut trace = String::new();
-    let mut note = |what: &str, budget: &Budget| trace += &format!("{what}: {}\n", budget.prefill_tokens(4));
+    let mut trace = Vec::new();
+    let mut note = |what: &str, budget: &Budget| trace.push(format!("{what}: {}\n", budget.prefill_tokens(4)));
     note("nothing known", &budget);
-    for (what, decode_us, token_us) in
-        [("a GPU", 10_000, 20), ("a fast CPU", 10_000, 700), ("a slow CPU", 80_000, 2_000), ("a board", 400_000, 90_000)]
-    {
+    for (what, decode_us, token_us) in [
+        ("a GPU", 10_000, 20),
+        ("a fast CPU", 10_000, 700),
+        ("a slow CPU", 80_000, 2_000),
+        ("a board", 400_000, 90_000),
+    ] {
         for _ in 0..50 {
             budget.learn(4, 0, decode_us);
             budget.learn(4, 64, decode_us + 64 * token_us);
@@ -653,7 +696,8 @@ fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
         a fast CPU: 21
         a slow CPU: 39
         a board: 16
-    "#]].assert_eq(&trace);
+    "#]]
+    .assert_eq(&trace.concat());
 }
 
 #[test]
@@ -682,7 +726,7 @@ prop_compose! {
     ) -> Script {
         let cancelled_at = cancelled_after.map(|ticks| at_tick + ticks);
         let script = Script { id: 0, at_tick, prompt: Vec::new(), n, n_generate, n_spare, reuse, cancelled_at };
-        // Token 9 of an own part is where texts part; it also makes sure that no prompt is empty.
+        // Own parts have tokens in common too, and at least one, so that no prompt is empty.
         script.text(text, 0..n_shared).text(2, n_own..n_own + 1 + n_own)
     }
 }

@@ -31,7 +31,8 @@ fn through_json<T: serde::Serialize + serde::de::DeserializeOwned>(value: &T) ->
 fn every_event_survives_json() {
     let top = TopToken { id: 7, bytes: vec![0xff, 0x00], logprob: -0.25 };
     let token = TokenInfo { id: 42, bytes: b"\xf0\x9f".to_vec(), logprob: Some(-1.5), top: vec![top] };
-    let summary = Summary { prompt_tokens: 3, cached_tokens: 2, completion_tokens: 1, queue_ms: 0.5, ..Summary::default() };
+    let summary =
+        Summary { prompt_tokens: 3, cached_tokens: 2, completion_tokens: 1, queue_ms: 0.5, ..Summary::default() };
     let events = [
         Event::Delta(Delta { choice: 2, text: "a \"quoted\" \u{1f600}\n".into(), tokens: vec![token] }),
         Event::Delta(Delta::default()),
@@ -49,7 +50,8 @@ fn every_event_survives_json() {
 
 #[test]
 fn a_request_says_only_what_differs_from_the_defaults() {
-    let request: Request = serde_json::from_str(r#"{"prompt": {"text": "Hi"}, "sampling": {"temperature": 0}}"#).expect("a request");
+    let request: Request =
+        serde_json::from_str(r#"{"prompt": {"text": "Hi"}, "sampling": {"temperature": 0}}"#).expect("a request");
     assert_eq!(request, Request { sampling: SamplingParams::greedy(), ..Request::text("Hi") });
     let config = EngineConfig { n_cells: Some(4096), ..EngineConfig::new("a/model.gguf") };
     assert_eq!(through_json(&config), config);
@@ -65,7 +67,10 @@ async fn a_stream_of_events_is_a_stream_and_ends_once() {
     let n_last = events.iter().filter(|event| matches!(event, Event::Done(_) | Event::Failed(_))).count();
     assert_eq!(n_last, 1);
     let blocking = tokio::task::spawn_blocking(move || support::ask(&engine, request)).await.expect("no panic");
-    let text: String = events.iter().filter_map(|event| if let Event::Delta(delta) = event { Some(&*delta.text) } else { None }).collect();
+    let text: String = events
+        .iter()
+        .filter_map(|event| if let Event::Delta(delta) = event { Some(&*delta.text) } else { None })
+        .collect();
     assert_eq!(text, blocking.text(), "with and without an executor");
 }
 
@@ -86,8 +91,9 @@ fn prompt() -> impl Strategy<Value = Prompt> {
     prop_oneof![
         any::<String>().prop_map(Prompt::Text),
         prop::collection::vec(any::<i32>(), 0..9).prop_map(Prompt::Tokens),
-        prop::collection::vec(("[a-z]*", any::<String>()), 0..4)
-            .prop_map(|turns| Prompt::Chat(turns.into_iter().map(|(role, content)| ChatMessage::new(role, content)).collect())),
+        prop::collection::vec(("[a-z]*", any::<String>()), 0..4).prop_map(|turns| Prompt::Chat(
+            turns.into_iter().map(|(role, content)| ChatMessage::new(role, content)).collect()
+        )),
     ]
 }
 

@@ -61,11 +61,16 @@ fn a_stream_dropped_in_prefill_frees_its_cells() {
 #[test]
 fn a_stream_dropped_in_decode_frees_its_cells() {
     let leaver = greedy(tokens(2, 30), 500);
-    leaves_without_a_trace(&slow(2), &leaver, |_| true, |mut events| {
-        for _ in 0..5 {
-            assert!(matches!(events.blocking_next(), Some(Event::Delta(_))));
-        }
-    });
+    leaves_without_a_trace(
+        &slow(2),
+        &leaver,
+        |_| true,
+        |mut events| {
+            for _ in 0..5 {
+                assert!(matches!(events.blocking_next(), Some(Event::Delta(_))));
+            }
+        },
+    );
 }
 
 #[test]
@@ -115,7 +120,8 @@ fn a_dropped_future_of_generate_cancels_the_request() {
 
 #[test]
 fn of_200_requests_of_32_clients_a_third_leaves_at_random_and_the_others_get_their_text() {
-    let config = SimConfig { n_seq_max: 8, context_length_tokens: 512, n_batch: 64, step_us: 100, ..SimConfig::default() };
+    let config =
+        SimConfig { n_seq_max: 8, context_length_tokens: 512, n_batch: 64, step_us: 100, ..SimConfig::default() };
     let engine = Engine::simulate(config.clone());
     let next = AtomicU32::new(0);
     let left = AtomicU32::new(0);
@@ -130,9 +136,10 @@ fn of_200_requests_of_32_clients_a_third_leaves_at_random_and_the_others_get_the
                     let mut random = Random::new(u64::from(number));
                     let mut prompt = tokens(random.below(3), 60); // three system prompts
                     prompt.extend(tokens(1000 + u64::from(number), 1 + random.below(150) as usize));
-                    let request = Request { n: 1 + random.below(2) as u32, ..greedy(prompt, 1 + random.below(40) as u32) };
+                    let request =
+                        Request { n: 1 + random.below(2) as u32, ..greedy(prompt, 1 + random.below(40) as u32) };
                     let mut events = submit(&engine, request.clone());
-                    if number % 3 != 0 {
+                    if !number.is_multiple_of(3) {
                         assert_eq!(read(events).choices, ask_alone(&config, request).choices, "request {number}");
                         continue;
                     }

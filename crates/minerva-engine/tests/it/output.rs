@@ -117,7 +117,8 @@ fn a_seed_gives_the_same_draws_alone_and_in_company_and_none_gives_others() {
     assert_eq!(ids(&ask(&engine, hot("dice", Some(7)))), ids(&first));
     assert_ne!(ids(&ask(&engine, hot("dice", Some(8)))), ids(&first));
     assert_ne!(ids(&ask(&engine, hot("dice", None))), ids(&ask(&engine, hot("dice", None))));
-    let company: Vec<_> = (0..3).map(|seed| engine.generate_blocking(hot("other dice", Some(seed))).expect("accepted")).collect();
+    let company: Vec<_> =
+        (0..3).map(|seed| engine.generate_blocking(hot("other dice", Some(seed))).expect("accepted")).collect();
     assert_eq!(ids(&ask(&engine, hot("dice", Some(7)))), ids(&first));
     drop(company);
 }
@@ -165,7 +166,11 @@ fn usage_counts_the_prompt_what_was_cached_and_what_was_generated() {
     longer.extend(first.choices[0].ids());
     longer.extend(tokens(2, 20));
     let next = ask(&engine, greedy(longer, 5));
-    assert_eq!((next.summary().prompt_tokens, next.summary().cached_tokens), (130, 109), "the answer is cached as well");
+    assert_eq!(
+        (next.summary().prompt_tokens, next.summary().cached_tokens),
+        (130, 109),
+        "the answer is cached as well"
+    );
 
     let without = ask(&engine, Request { cache_prompt: false, ..turn });
     assert_eq!(without.summary().cached_tokens, 0);
@@ -214,7 +219,10 @@ fn a_cache_that_cannot_be_cut_reports_no_reuse_and_gives_the_same_text() {
 #[test]
 fn a_chat_goes_through_the_template_and_a_text_does_not() {
     let engine = sim();
-    let chat = ask(&engine, Request { prompt: Prompt::Chat(vec![ChatMessage::system("s"), ChatMessage::user("u")]), ..hello() });
+    let chat = ask(
+        &engine,
+        Request { prompt: Prompt::Chat(vec![ChatMessage::system("s"), ChatMessage::user("u")]), ..hello() },
+    );
     assert_eq!(chat.summary().prompt_tokens as usize, "?system\ns".len() + "?user\nu".len() + 1);
     // The control characters of the template are text in a text: nobody ends up behind an answer marker.
     let text = ask(&engine, Request::text("\u{1e}user\nu\u{1f}").greedy().max_tokens(40));

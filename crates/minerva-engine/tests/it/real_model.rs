@@ -37,7 +37,9 @@ fn engine() -> MutexGuard<'static, Engine> {
 }
 
 fn question(text: &str) -> Request {
-    Request::chat([ChatMessage::system("You are a helpful assistant."), ChatMessage::user(text)]).greedy().max_tokens(32)
+    Request::chat([ChatMessage::system("You are a helpful assistant."), ChatMessage::user(text)])
+        .greedy()
+        .max_tokens(32)
 }
 
 #[test]
@@ -70,7 +72,10 @@ fn a_conversation_reuses_its_last_turn() {
 fn two_requests_share_their_steps() {
     let engine = engine();
     let before = engine.stats();
-    let request = |word: &str| Request { ignore_eos: true, ..Request::text(format!("A story about a {word}:")).greedy().max_tokens(32) };
+    let request = |word: &str| Request {
+        ignore_eos: true,
+        ..Request::text(format!("A story about a {word}:")).greedy().max_tokens(32)
+    };
     let both = [submit(&engine, request("dragon")), submit(&engine, request("lighthouse"))];
     let answers = both.map(read);
     assert!(answers.iter().all(|answer| answer.summary().completion_tokens == 32));
@@ -83,7 +88,8 @@ fn two_requests_share_their_steps() {
 #[test]
 fn leaving_frees_the_cells() {
     let engine = engine();
-    let mut events = submit(&engine, Request { ignore_eos: true, ..Request::text("Once upon a time").greedy().max_tokens(900) });
+    let mut events =
+        submit(&engine, Request { ignore_eos: true, ..Request::text("Once upon a time").greedy().max_tokens(900) });
     for _ in 0..3 {
         assert!(matches!(events.blocking_next(), Some(Event::Delta(_))));
     }
@@ -100,7 +106,10 @@ fn secrets_of_one_client_never_reach_another() {
     let secrets = ["7319", "8426", "5934", "6182", "2957", "4713"];
     let prompt = |secret: &str| {
         let system = "You are a helpful assistant. Repeat the code that the user gives you.";
-        Request::chat([ChatMessage::system(system), ChatMessage::user(format!("The code is {secret}. What is the code?"))])
+        Request::chat([
+            ChatMessage::system(system),
+            ChatMessage::user(format!("The code is {secret}. What is the code?")),
+        ])
     };
     thread::scope(|scope| {
         for (i, secret) in secrets.iter().enumerate() {
@@ -134,7 +143,10 @@ fn two_choices_have_seeds_of_their_own() {
     let before = engine.stats();
     let answer = ask(&engine, request.clone());
     let summary = answer.summary();
-    assert_eq!(engine.stats().prompt_tokens_total - before.prompt_tokens_total, u64::from(summary.prompt_tokens - summary.cached_tokens));
+    assert_eq!(
+        engine.stats().prompt_tokens_total - before.prompt_tokens_total,
+        u64::from(summary.prompt_tokens - summary.cached_tokens)
+    );
     assert_ne!(answer.choices[0].ids(), answer.choices[1].ids());
     assert_eq!(ask(&engine, request).choices[0].ids().first(), answer.choices[0].ids().first());
 }
@@ -142,7 +154,8 @@ fn two_choices_have_seeds_of_their_own() {
 #[test]
 fn log_probabilities_are_those_of_the_chosen_tokens() {
     let engine = engine();
-    let answer = ask(&engine, Request { logprobs: Some(5), ..Request::text("The capital of France is").greedy().max_tokens(8) });
+    let answer =
+        ask(&engine, Request { logprobs: Some(5), ..Request::text("The capital of France is").greedy().max_tokens(8) });
     assert_eq!(answer.choices[0].tokens.len(), 8);
     for token in &answer.choices[0].tokens {
         assert_eq!(token.top.len(), 5);
@@ -160,7 +173,10 @@ fn log_probabilities_are_those_of_the_chosen_tokens() {
 #[test]
 fn a_stop_text_ends_the_answer_before_it() {
     let engine = engine();
-    let request = Request { ignore_eos: true, ..Request::text("One, two, three, four, five, six, seven,").greedy().max_tokens(24) };
+    let request = Request {
+        ignore_eos: true,
+        ..Request::text("One, two, three, four, five, six, seven,").greedy().max_tokens(24)
+    };
     let whole = ask(&engine, request.clone());
     let comma = whole.text()[6..].find(", ").expect("it goes on counting") + 6;
     let stop = whole.text()[comma - 2..comma + 2].to_owned(); // begins and ends inside of tokens
@@ -173,7 +189,9 @@ fn a_stop_text_ends_the_answer_before_it() {
 #[test]
 fn prompts_that_are_too_long_are_refused_and_the_engine_lives() {
     let engine = engine();
-    for (text, n_at_most) in [("A".repeat(100_000), 100_000), (" \u{4e00}".repeat(50_000), 200_000), ("word ".repeat(2_000), 10_000)] {
+    for (text, n_at_most) in
+        [("A".repeat(100_000), 100_000), (" \u{4e00}".repeat(50_000), 200_000), ("word ".repeat(2_000), 10_000)]
+    {
         let n_bytes = text.len();
         match engine.generate_blocking(Request::text(text)) {
             Err(RequestError::ContextLength { n_prompt_tokens, n_ctx: 1024 }) => {

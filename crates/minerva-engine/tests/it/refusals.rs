@@ -49,11 +49,10 @@ fn every_parameter_out_of_range_is_named() {
         }
     }
     let error = engine.generate_blocking(Request { n: 5, ..hello() }).expect_err("four sequences");
-    assert_eq!(error, RequestError::InvalidParam(InvalidParam {
-        param: "n",
-        given: "5".into(),
-        allowed: "between 1 and 4".into(),
-    }));
+    assert_eq!(
+        error,
+        RequestError::InvalidParam(InvalidParam { param: "n", given: "5".into(), allowed: "between 1 and 4".into() })
+    );
     assert_eq!(error.to_string(), "`n` must be between 1 and 4, got 5");
     nothing_was_computed(&engine);
 }
@@ -79,15 +78,25 @@ fn prompts_that_cannot_be_run_are_refused() {
     assert_eq!(refused(Prompt::Text("x".repeat(1024))), too_long(1024));
     assert_eq!(refused(Prompt::Text("x".repeat(200 << 20))), too_long(200 << 20));
     assert_eq!(refused(Prompt::Chat(vec![ChatMessage::user("x".repeat(2000))])), too_long(2004), "role and text");
-    assert_eq!(refused(Prompt::Chat(vec![ChatMessage::new("x".repeat(3000), "")])), too_long(3000), "before it is rendered");
-    assert!(matches!(refused(Prompt::Chat(vec![ChatMessage::user("x".repeat(1020))])), RequestError::ContextLength { .. }));
+    assert_eq!(
+        refused(Prompt::Chat(vec![ChatMessage::new("x".repeat(3000), "")])),
+        too_long(3000),
+        "before it is rendered"
+    );
+    assert!(matches!(
+        refused(Prompt::Chat(vec![ChatMessage::user("x".repeat(1020))])),
+        RequestError::ContextLength { .. }
+    ));
     nothing_was_computed(&engine);
 }
 
 #[test]
 fn choices_that_cannot_share_the_pool_of_cells_are_refused() {
     let engine = Engine::simulate(SimConfig {
-        unified: true, n_cells: Some(96), context_length_tokens: 64, ..SimConfig::default()
+        unified: true,
+        n_cells: Some(96),
+        context_length_tokens: 64,
+        ..SimConfig::default()
     });
     let fits = |n, max_tokens| engine.generate_blocking(Request { n, ..greedy(tokens(1, 4), max_tokens) });
     let error = fits(2, 45).expect_err("98 cells");

@@ -3,12 +3,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use minerva_engine::{
     Engine, Event, EventStream, FinishReason, GenerationError, Prompt, Request, SimConfig, Summary, TokenId, TokenInfo,
 };
 
 /// Far longer than any wait of a passing test, on a busy machine too.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Everything that one stream said.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,7 +53,7 @@ impl Answer {
 pub(crate) fn read(mut events: EventStream) -> Answer {
     let mut choices: Vec<Choice> = Vec::new();
     loop {
-        match events.blocking_next().expect("a stream ends with a last event") {
+        match next(&mut events).expect("a stream ends with a last event") {
             Event::Delta(delta) => {
                 let choice = grow(&mut choices, delta.choice);
                 assert_eq!(choice.finished, None, "a delta after the end of its choice");
@@ -74,6 +75,18 @@ pub(crate) fn read(mut events: EventStream) -> Answer {
                 return Answer { choices, end: Err(error) };
             }
         }
+    }
+}
+
+/// The next event; panics when none comes, so that a bug that starves a request ends the test instead of hanging it.
+fn next(events: &mut EventStream) -> Option<Event> {
+    let start = Instant::now();
+    loop {
+        if let Some(event) = events.next().now_or_never() {
+            return event;
+        }
+        assert!(start.elapsed() < PATIENCE, "no event for {PATIENCE:?}");
+        thread::sleep(Duration::from_micros(500));
     }
 }
 

@@ -23,7 +23,7 @@ use futures_util::FutureExt as _;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
-use tracing::{Level, debug, error, info};
+use tracing::{debug, error};
 
 use self::error::ApiError;
 use self::wire::Shape;
@@ -142,13 +142,7 @@ pub(crate) async fn handle(app: Arc<App>, request: Request<Incoming>, busy: Busy
         headers.insert(header::VARY, HeaderValue::from_static("origin"));
     }
     let status = response.status().as_u16();
-    let ms = started.elapsed().as_millis();
-    if tracing::enabled!(Level::INFO) && in_flight.is_some() {
-        info!(endpoint, status, ms, request_id, "answered");
-    } else {
-        debug!(endpoint, status, ms, request_id, "answered");
-    }
-    let guard = Guard { app, endpoint, status, started, in_flight, busy };
+    let guard = Guard { app, endpoint, status, started, request_id, in_flight, busy };
     response.map(|body| body.guarded(guard))
 }
 

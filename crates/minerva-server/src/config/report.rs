@@ -136,7 +136,8 @@ Every setting can be written in four places; a later one wins over an earlier on
 
 `minerva config` prints each value and where it came from. A value that is not allowed, and an unknown key or flag, is an
 error that names the place, with exit code 2; an unknown variable that begins with `MINERVA_` is a line in the log. What is
-logged is set by `RUST_LOG` (`RUST_LOG=debug minerva …`). Prompts and answers are never logged.
+logged is set by `RUST_LOG` (`RUST_LOG=debug minerva …`); llama.cpp's own lines are shown from warnings up unless they are asked
+for by name (`RUST_LOG=debug,llama.cpp=debug,ggml=debug`). Prompts and answers are never logged.
 
 A second SIGTERM or SIGINT ends the server at once, with exit code 143 or 130.
 ";

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
+use tracing::{debug, info};
 
 use super::Busy;
 use crate::sse::SseBody;
@@ -25,12 +26,13 @@ enum Content {
     Events(Box<SseBody>),
 }
 
-/// Ends the books of one request when it is dropped.
+/// Closes the books of one request when it is dropped: with the last byte, or when the client has gone.
 pub(crate) struct Guard {
     pub(crate) app: Arc<App>,
     pub(crate) endpoint: &'static str,
     pub(crate) status: u16,
     pub(crate) started: Instant,
+    pub(crate) request_id: String,
     /// Set for generation requests.
     pub(crate) in_flight: Option<InFlightGuard>,
     #[expect(dead_code, reason = "dropped with the guard")]
@@ -39,8 +41,15 @@ pub(crate) struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let is_generation = self.in_flight.is_some();
-        self.app.metrics.observe_response(self.endpoint, self.status, self.started.elapsed(), is_generation);
+        let Self { endpoint, status, ref request_id, .. } = *self;
+        let (time, is_generation) = (self.started.elapsed(), self.in_flight.is_some());
+        self.app.metrics.observe_response(endpoint, status, time, is_generation);
+        let ms = time.as_millis();
+        if is_generation {
+            info!(endpoint, status, ms, request_id, "answered");
+        } else {
+            debug!(endpoint, status, ms, request_id, "answered");
+        }
     }
 }
 

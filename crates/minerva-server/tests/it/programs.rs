@@ -40,6 +40,31 @@ fn a_configuration_that_cannot_be_used_is_exit_code_2() {
 }
 
 #[test]
+fn a_model_that_cannot_be_loaded_is_exit_code_1() {
+    let mut server = Command::new(env!("CARGO_BIN_EXE_minerva-server"));
+    let output = server.args(["--port", "0", "-m", "/nowhere/at/all.gguf"]).env_clear().output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("[ERROR] cannot load the model"), "{stderr}");
+}
+
+#[test]
+fn gpu_debug_prints_the_whole_diagnosis_and_a_gpu_that_is_not_there_is_an_error() {
+    let run = |args: &[&str]| Command::new(env!("CARGO_BIN_EXE_minerva")).args(args).env_clear().output().unwrap();
+    let output = run(&["--gpu=debug"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    for part in ["Selection", "selected", "Build", "llama.cpp", "CPU features"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    if cfg!(not(feature = "cuda")) {
+        let output = run(&["--gpu=cuda", "--port", "0", "-m", "/nowhere/at/all.gguf"]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && text.contains("--features cuda"), "{text}");
+    }
+}
+
+#[test]
 fn the_reference_does_not_depend_on_the_machine() {
     let reference = |port: &str| {
         let mut minerva = Command::new(env!("CARGO_BIN_EXE_minerva"));
