@@ -33,7 +33,6 @@ fn run(program: &str, args: &Args) -> anyhow::Result<()> {
     setup::prepare(&setup::Args::default())?;
     // The load tool starts the server that stands beside it.
     workspace::check(workspace::cargo().args(["build", "--release", "-p", "minerva-server", "-p", "minerva-benches"]))?;
-    let mut cargo = workspace::cargo();
-    cargo.args(["run", "--release", "-p", "minerva-benches", "--bin", program, "--"]).args(&args.args);
-    workspace::check(&mut cargo)
+    // Not `cargo run`: built alone, the package would have other features of shared dependencies, and be built again.
+    workspace::check(workspace::command(workspace::release_dir().join(program)).args(&args.args))
 }

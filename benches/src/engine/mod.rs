@@ -78,9 +78,10 @@ pub fn run(model_path: &Path, workload: Workload, settings: Settings) -> anyhow:
         n_seq_max: workload.n_seq,
         n_threads: settings.n_threads,
         n_threads_batch: settings.n_threads,
-        flash_attention: match settings.flash_attention_off {
-            true => minerva_llama::FlashAttention::Off,
-            false => minerva_llama::FlashAttention::Auto,
+        flash_attention: if settings.flash_attention_off {
+            minerva_llama::FlashAttention::Off
+        } else {
+            minerva_llama::FlashAttention::Auto
         },
         kv_unified: settings.kv_unified,
         ..ContextParams::default()

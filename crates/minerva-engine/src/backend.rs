@@ -97,7 +97,16 @@ pub trait Tokenizer: Send + Sync {
     ///
     /// # Errors
     /// [`RequestError::NoChatTemplate`], or [`RequestError::ChatTemplate`] with the template's own message.
-    fn render_chat(&self, messages: &[ChatMessage]) -> Result<String, RequestError>;
+    fn render_chat(&self, messages: &[ChatMessage]) -> Result<RenderedChat, RequestError>;
+}
+
+/// A conversation as the model wants it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RenderedChat {
+    /// The prompt, with control tokens as text.
+    pub prompt: String,
+    /// Texts that end an answer in this template's format, beside the end-of-generation tokens.
+    pub stops: Vec<String>,
 }
 
 /// A backend and its tokenizer, as the engine takes them.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::backend::{BackendLimits, Tokenizer};
-use crate::decoder::validate_stops;
+use crate::decoder::{MAX_STOP_BYTES, MAX_STOPS, validate_stops};
 use crate::engine::Inner;
 use crate::error::RequestError;
 use crate::generation::Accepted;
@@ -59,9 +59,12 @@ impl Intake {
         }
     }
 
-    fn accept(&self, request: Request, submitted: Instant, engine: Arc<Inner>) -> Result<EventStream, RequestError> {
+    fn accept(&self, mut request: Request, submitted: Instant, engine: Arc<Inner>) -> Result<EventStream, RequestError> {
         self.check_params(&request)?;
-        let prompt = self.tokens(&request.prompt)?;
+        let (prompt, stops) = self.tokens(&request.prompt)?;
+        // A template comes from the model file: its stop texts are held to the same limits, and dropped if they break them.
+        let stops = stops.into_iter().filter(|stop| (1..=MAX_STOP_BYTES).contains(&stop.len())).take(MAX_STOPS);
+        request.stop.extend(stops);
         if prompt.is_empty() {
             return Err(RequestError::EmptyPrompt);
         }
@@ -123,24 +126,25 @@ impl Intake {
         Ok(())
     }
 
-    fn tokens(&self, prompt: &Prompt) -> Result<Vec<TokenId>, RequestError> {
+    /// The prompt's tokens, and the texts that end an answer in its format.
+    fn tokens(&self, prompt: &Prompt) -> Result<(Vec<TokenId>, Vec<String>), RequestError> {
         match prompt {
             Prompt::Text(text) => {
                 self.check_bytes(text.len())?;
-                self.tokenizer.tokenize(text, true, false)
+                Ok((self.tokenizer.tokenize(text, true, false)?, Vec::new()))
             }
             Prompt::Chat(messages) => {
                 self.check_bytes(messages.iter().map(|message| message.role.len() + message.content.len()).sum())?;
-                let text = self.tokenizer.render_chat(messages)?;
-                self.check_bytes(text.len())?;
-                self.tokenizer.tokenize(&text, true, true)
+                let chat = self.tokenizer.render_chat(messages)?;
+                self.check_bytes(chat.prompt.len())?;
+                Ok((self.tokenizer.tokenize(&chat.prompt, true, true)?, chat.stops))
             }
             Prompt::Tokens(tokens) => {
                 let n_vocab = self.limits.n_vocab;
                 let outside = |&&token: &&TokenId| usize::try_from(token).map_or(true, |token| token >= n_vocab);
                 match tokens.iter().find(outside) {
                     Some(&token) => Err(RequestError::UnknownToken { token, n_vocab }),
-                    None => Ok(tokens.clone()),
+                    None => Ok((tokens.clone(), Vec::new())),
                 }
             }
         }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{Backend, BackendLimits, Loaded, Row, SeqId, StepError, Tokenizer};
+use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, StepError, Tokenizer};
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
 use crate::status::{ModelInfo, Placement};
@@ -122,9 +122,9 @@ impl Tokenizer for SimTokenizer {
         1
     }
 
-    fn render_chat(&self, messages: &[ChatMessage]) -> Result<String, RequestError> {
+    fn render_chat(&self, messages: &[ChatMessage]) -> Result<RenderedChat, RequestError> {
         let turns = messages.iter().map(|message| format!("\u{1e}{}\n{}", message.role, message.content));
-        Ok(turns.chain(["\u{1f}".to_owned()]).collect())
+        Ok(RenderedChat { prompt: turns.chain(["\u{1f}".to_owned()]).collect(), stops: Vec::new() })
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use minerva_llama::{ChatPrompt, ChatTemplate, Model};
 use serde::Serialize;
 
-use crate::backend::Tokenizer;
+use crate::backend::{RenderedChat, Tokenizer};
 use crate::error::{LoadError, RequestError};
 use crate::request::{ChatMessage, TokenId};
 
@@ -82,12 +82,12 @@ impl Tokenizer for LlamaTokenizer {
         self.max_token_bytes
     }
 
-    fn render_chat(&self, messages: &[ChatMessage]) -> Result<String, RequestError> {
+    fn render_chat(&self, messages: &[ChatMessage]) -> Result<RenderedChat, RequestError> {
         let template = self.template.as_ref().ok_or(RequestError::NoChatTemplate)?;
         let failed = |message: String| RequestError::ChatTemplate { message };
         let request = serde_json::to_string(&ChatRequest { messages }).map_err(|error| failed(error.to_string()))?;
         let answer = template.render(&request).map_err(|error| failed(error.to_string()))?;
         let prompt: ChatPrompt = serde_json::from_str(&answer).map_err(|error| failed(error.to_string()))?;
-        Ok(prompt.prompt)
+        Ok(RenderedChat { prompt: prompt.prompt, stops: prompt.additional_stops })
     }
 }

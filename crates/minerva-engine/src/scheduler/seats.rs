@@ -168,15 +168,15 @@ impl Seats {
         }
     }
 
-    /// The free seat that shares the longest prefix with the prompt; among equals the one unused for longest.
+    /// The free seat that shares the longest prefix with the prompt, if that keeps at least half of what it holds: a few
+    /// tokens in common are not worth the end of a long conversation. Otherwise the seat unused for longest.
     fn best_free(&self, job: &Job) -> SeqId {
-        (0..self.limits.n_seq_max)
-            .filter(|&seq| self.all[seq as usize].owner.is_none())
-            .max_by_key(|&seq| {
-                let seat = &self.all[seq as usize];
-                (if job.reuse { reusable(seat, &job.prompt) } else { 0 }, std::cmp::Reverse(seat.stamp))
-            })
-            .unwrap_or(0)
+        let shares = |seat: &Seat| if job.reuse { reusable(seat, &job.prompt) } else { 0 };
+        let best = (0..self.limits.n_seq_max)
+            .map(|seq| (seq, &self.all[seq as usize]))
+            .filter(|(_, seat)| seat.owner.is_none() && shares(seat) * 2 >= seat.n_cells && seat.n_cells > 0)
+            .max_by_key(|(_, seat)| (shares(seat), std::cmp::Reverse(seat.stamp)));
+        best.map(|(seq, _)| seq).or_else(|| self.longest_unused()).unwrap_or(0)
     }
 
     fn longest_unused(&self) -> Option<SeqId> {

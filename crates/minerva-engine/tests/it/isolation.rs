@@ -55,7 +55,8 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    // Threads do not run the same way twice, so shrinking finds little; where a case hangs, it would take hours.
+    #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 4, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn under_any_schedule_each_request_says_what_it_says_alone(
