@@ -54,7 +54,7 @@ const STEPS: &[Step] = &[
 
 /// Files that a command of ours generates: (file, binary of minerva-server, its arguments). The step `generated` runs
 /// each command and compares.
-const GENERATED: &[(&str, &str, &[&str])] = &[];
+const GENERATED: &[(&str, &str, &[&str])] = &[("docs/configuration.md", "minerva", &["config", "--markdown"])];
 
 /// How a step went.
 struct Report {

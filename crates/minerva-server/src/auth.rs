@@ -5,23 +5,23 @@ use hyper::header::AUTHORIZATION;
 use subtle::ConstantTimeEq as _;
 
 /// The keys that are accepted; none means that everybody is.
-pub struct Keys {
+pub(crate) struct Keys {
     keys: Vec<Box<[u8]>>,
 }
 
 impl Keys {
     /// Accepts any of `keys`.
-    pub fn new(keys: &[String]) -> Self {
+    pub(crate) fn new(keys: &[String]) -> Self {
         Self { keys: keys.iter().map(|key| key.as_bytes().into()).collect() }
     }
 
     /// Whether requests need a key.
-    pub fn are_required(&self) -> bool {
+    pub(crate) fn are_required(&self) -> bool {
         !self.keys.is_empty()
     }
 
     /// Whether the request carries a key that is accepted, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.
-    pub fn allow(&self, headers: &HeaderMap) -> bool {
+    pub(crate) fn allow(&self, headers: &HeaderMap) -> bool {
         !self.are_required() || given(headers).is_some_and(|key| self.contains(key))
     }
 

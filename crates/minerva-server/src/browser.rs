@@ -10,7 +10,7 @@ use hyper::header::{HOST, ORIGIN};
 use hyper::{HeaderMap, Uri};
 
 /// Which hosts and origins are served.
-pub struct Policy {
+pub(crate) struct Policy {
     /// `None` when any host is.
     hosts: Option<Vec<String>>,
     origins: Vec<String>,
@@ -18,7 +18,7 @@ pub struct Policy {
 
 /// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// HTTP/1.1 without a `Host`, or with something that is none.
     BadHost,
     /// A name that is not ours.
@@ -29,14 +29,19 @@ pub enum Refusal {
 
 impl Policy {
     /// `hosts` are allowed besides loopback names, `origins` besides the server's own.
-    pub fn new(is_loopback: bool, hosts: &[String], origins: &[String]) -> Self {
+    pub(crate) fn new(is_loopback: bool, hosts: &[String], origins: &[String]) -> Self {
         let any = hosts.iter().any(|host| host == "*");
         let hosts = hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
         Self { hosts: (is_loopback && !any).then_some(hosts), origins: origins.to_vec() }
     }
 
     /// Checks one request. On success, the origin that may read the answer, if the request has one.
-    pub fn check(&self, version: hyper::Version, uri: &Uri, headers: &HeaderMap) -> Result<Option<String>, Refusal> {
+    pub(crate) fn check(
+        &self,
+        version: hyper::Version,
+        uri: &Uri,
+        headers: &HeaderMap,
+    ) -> Result<Option<String>, Refusal> {
         let host = match (headers.get(HOST), uri.authority()) {
             (Some(host), _) => Some(host.to_str().map_err(|_| Refusal::BadHost)?),
             (None, Some(authority)) => Some(authority.as_str()),

@@ -13,7 +13,7 @@ use crate::state::{App, Phase};
 
 /// What the server counts.
 #[derive(Default)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     time_to_first_token: Histogram,
     inter_token_latency: Histogram,
     queue: Histogram,

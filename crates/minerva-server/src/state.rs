@@ -27,19 +27,19 @@ pub enum Phase {
 /// The state of one server, shared by all of its connections.
 pub struct App {
     /// The settings of the `server` section.
-    pub settings: ServerSettings,
+    pub(crate) settings: ServerSettings,
     /// Tokens that may share one write: see the setting of this name.
-    pub token_buffer: usize,
+    pub(crate) token_buffer: usize,
     /// The keys that requests must carry.
-    pub keys: Keys,
+    pub(crate) keys: Keys,
     /// Which hosts and origins are served.
-    pub browser: Policy,
+    pub(crate) browser: Policy,
     /// Counters and histograms.
-    pub metrics: Metrics,
+    pub(crate) metrics: Metrics,
     /// Bytes of request bodies in memory.
-    pub body_bytes: Arc<AtomicUsize>,
+    pub(crate) body_bytes: Arc<AtomicUsize>,
     /// The build, for `/v1/status` and `system_fingerprint`.
-    pub build: BuildInfo,
+    pub(crate) build: BuildInfo,
     /// Generation requests that are being answered.
     pub(crate) in_flight: InFlight,
     phase: RwLock<Phase>,

@@ -3,7 +3,7 @@
 //! Sources, weakest first: the defaults, `~/.minerva/config.json`, `MINERVA_…` variables, the command line. [`SETTINGS`]
 //! is the one table behind all four, behind `--help` and behind `minerva config`; each source is checked value by value
 //! against it, so an error names the file key, variable or flag. figment merges the layers and remembers who won.
-//! Start with [`settings`]; [`load`] puts it together.
+//! Start with [`SETTINGS`]; [`load`] puts it together.
 
 mod cli;
 mod env;

@@ -96,6 +96,9 @@ fn show(kind: Kind, value: &Value) -> String {
             number.to_u128().map_or_else(|| number.to_f64().unwrap_or_default().to_string(), |n| n.to_string())
         }
         (Kind::Text, Value::Empty(..)) => "none".to_owned(),
+        (Kind::Uint { words, .. }, Value::Empty(..)) => {
+            words.iter().find(|(_, number)| number.is_none()).map_or("auto", |(word, _)| word).to_owned()
+        }
         (_, Value::Empty(..)) => "auto".to_owned(),
         (_, Value::Char(..) | Value::Dict(..)) => String::new(),
     }

@@ -23,7 +23,7 @@ pub struct Setting {
     pub dash: Option<&'static str>,
     /// Other long flags that mean the same.
     pub aliases: &'static [&'static str],
-    /// The flag that sets a [`Kind::Bool`] to false.
+    /// The flag that sets a switch to false.
     pub off: Option<&'static str>,
     /// What values are allowed.
     pub kind: Kind,

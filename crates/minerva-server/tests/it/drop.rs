@@ -57,8 +57,8 @@ async fn a_third_of_32_clients_leaves_at_any_moment_and_the_others_do_not_notice
     assert!(stats.cancelled_total > 20 && stats.cancelled_total <= 67, "{stats:?}");
     assert_eq!(stats.failed_total, 0);
     eventually("every socket is closed", || open_sockets() <= sockets_before).await;
-    let status = server.get("/v1/status").await.json();
-    assert_eq!(status["requests"], json!({"running": 0, "queued": 0, "in_flight": 0}));
+    let reported = server.get("/v1/status").await.json();
+    assert_eq!(reported["requests"], json!({"running": 0, "queued": 0, "in_flight": 0}));
 }
 
 #[tokio::test]

@@ -151,7 +151,7 @@ async fn a_connection_without_a_request_is_closed_after_the_idle_time() {
 #[tokio::test]
 async fn too_many_or_too_large_headers_are_refused() {
     let server = start().await;
-    let many: String = (0..200).map(|i| format!("x-{i}: 1\r\n")).collect();
+    let many = "x-one-of-many: 1\r\n".repeat(200);
     let large = format!("x-large: {}\r\n", "a".repeat(100_000));
     for headers in [many, large] {
         let mut stream = connect(server.address).await;

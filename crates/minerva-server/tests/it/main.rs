@@ -8,6 +8,8 @@
 //! - [`drop`]: many clients, some of which leave
 //! - [`shutdown`], [`programs`]: the binaries: signals, exit codes, logs
 
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in tests, which does not cover their helpers")]
+
 mod access;
 mod chat;
 mod client;
