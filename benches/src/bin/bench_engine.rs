@@ -62,8 +62,7 @@ fn main() -> anyhow::Result<()> {
     println!("{} prompt tokens, {} generated, medians of {}", args.prompt_tokens, args.generate_tokens, args.rounds);
     let mut reports = Vec::new();
     for &n_seq in &args.sequences {
-        let workload =
-            Workload { n_seq, prompt_tokens: args.prompt_tokens, generate_tokens: args.generate_tokens };
+        let workload = Workload { n_seq, prompt_tokens: args.prompt_tokens, generate_tokens: args.generate_tokens };
         let report = engine::run(&args.model, workload, settings)?;
         println!("{report}");
         reports.push(report);
@@ -73,7 +72,8 @@ fn main() -> anyhow::Result<()> {
     }
     for (n_seq, least) in &args.gate {
         let report = reports.iter().find(|report| report.workload.n_seq == *n_seq);
-        let ratio = report.map(engine::Report::ratio).ok_or_else(|| anyhow::anyhow!("{n_seq} sequences: not measured"))?;
+        let ratio =
+            report.map(engine::Report::ratio).ok_or_else(|| anyhow::anyhow!("{n_seq} sequences: not measured"))?;
         anyhow::ensure!(ratio >= *least, "{n_seq} sequences: ratio {ratio:.3}, the gate is {least}");
     }
     Ok(())

@@ -72,7 +72,8 @@ impl Sample {
 pub fn run(model_path: &Path, workload: Workload, settings: Settings) -> anyhow::Result<Report> {
     let n_ctx_seq = (workload.prompt_tokens + workload.generate_tokens + 8).next_multiple_of(256);
     let params = ModelParams { use_extra_buffers: settings.extra_buffers, ..ModelParams::default() };
-    let model = Model::load(model_path, &params, &mut |_| ControlFlow::Continue(())).context("the bare loop's model")?;
+    let model =
+        Model::load(model_path, &params, &mut |_| ControlFlow::Continue(())).context("the bare loop's model")?;
     let context = ContextParams {
         n_ctx: n_ctx_seq * workload.n_seq,
         n_seq_max: workload.n_seq,

@@ -59,7 +59,12 @@ impl Intake {
         }
     }
 
-    fn accept(&self, mut request: Request, submitted: Instant, engine: Arc<Inner>) -> Result<EventStream, RequestError> {
+    fn accept(
+        &self,
+        mut request: Request,
+        submitted: Instant,
+        engine: Arc<Inner>,
+    ) -> Result<EventStream, RequestError> {
         self.check_params(&request)?;
         let (prompt, stops) = self.tokens(&request.prompt)?;
         // A template comes from the model file: its stop texts are held to the same limits, and dropped if they break them.

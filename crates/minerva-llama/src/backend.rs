@@ -178,10 +178,14 @@ pub fn amx_state() -> &'static str {
     env!("MINERVA_AMX")
 }
 
-/// llama.cpp's own version text.
+/// The release of llama.cpp that llama-cpp-sys-2 ships at our pin.
+const RELEASE: &str = "b11434";
+
+/// The release of llama.cpp, and what its own build calls itself.
 pub fn version() -> String {
     // SAFETY: returns a static string.
-    text(unsafe { sys::llama_version() })
+    let own = text(unsafe { sys::llama_version() });
+    format!("{RELEASE} ({own})")
 }
 
 /// A C string of llama.cpp's that may be null and need not be UTF-8.

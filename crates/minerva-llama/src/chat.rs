@@ -61,7 +61,12 @@ impl ChatTemplate {
         let mut raw = ptr::null_mut();
         // SAFETY: a live model, and a string that outlives the call; `raw` receives the template.
         call(|error| unsafe {
-            sys::mnv_chat_new(model.raw(), replacement.as_ref().map_or(ptr::null(), |t| t.as_ptr()), &raw mut raw, error)
+            sys::mnv_chat_new(
+                model.raw(),
+                replacement.as_ref().map_or(ptr::null(), |t| t.as_ptr()),
+                &raw mut raw,
+                error,
+            )
         })?;
         let raw = NonNull::new(raw).ok_or_else(|| CallError::Refused("no template was returned".into()))?;
         Ok(Some(Self { raw, _model: Arc::clone(model) }))
@@ -123,7 +128,9 @@ fn nul(what: &str) -> CallError {
 fn check_bounds(template: &str) -> Result<(), CallError> {
     if template.len() > MAX_TEMPLATE_BYTES {
         let given = template.len();
-        return Err(CallError::Argument(format!("the chat template has {given} bytes, the limit is {MAX_TEMPLATE_BYTES}")));
+        return Err(CallError::Argument(format!(
+            "the chat template has {given} bytes, the limit is {MAX_TEMPLATE_BYTES}"
+        )));
     }
     let (mut blocks, mut brackets, mut deepest) = (0usize, 0usize, 0usize);
     let mut rest = template;
@@ -132,7 +139,8 @@ fn check_bounds(template: &str) -> Result<(), CallError> {
             let word = tag.trim_start_matches(['-', '+', ' ', '\t', '\n', '\r']);
             if word.starts_with("end") {
                 blocks = blocks.saturating_sub(1);
-            } else if ["if", "for", "macro", "call", "filter", "generation", "set"].iter().any(|w| word.starts_with(w)) {
+            } else if ["if", "for", "macro", "call", "filter", "generation", "set"].iter().any(|w| word.starts_with(w))
+            {
                 blocks += 1;
                 // A one-line `set` opens no level.
                 if word.starts_with("set") && tag.split("%}").next().is_some_and(|body| body.contains('=')) {

@@ -25,7 +25,9 @@ mod params;
 mod threads;
 mod vocab;
 
-pub use backend::{Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, devices, extra_buffers, init, version};
+pub use backend::{
+    Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, devices, extra_buffers, init, version,
+};
 pub use batch::Batch;
 pub use chat::{ChatPrompt, ChatTemplate};
 pub use context::Context;

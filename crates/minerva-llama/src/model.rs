@@ -51,7 +51,8 @@ impl Model {
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut raw = ptr::null_mut();
         // SAFETY: path, params, the device list and `state` outlive the call; `raw` receives the model.
-        let result = call(|error| unsafe { sys::mnv_model_load(c_path.as_ptr(), &raw const raw_params, &raw mut raw, error) });
+        let result =
+            call(|error| unsafe { sys::mnv_model_load(c_path.as_ptr(), &raw const raw_params, &raw mut raw, error) });
         drop(guard);
         if state.cancelled {
             if let Some(raw) = NonNull::new(raw) {

@@ -57,7 +57,12 @@ unsafe extern "C" {
         out: *mut *mut llama_context,
         error: *mut mnv_error,
     ) -> c_int;
-    pub fn mnv_decode(ctx: *mut llama_context, batch: *const llama_batch, code: *mut i32, error: *mut mnv_error) -> c_int;
+    pub fn mnv_decode(
+        ctx: *mut llama_context,
+        batch: *const llama_batch,
+        code: *mut i32,
+        error: *mut mnv_error,
+    ) -> c_int;
     pub fn mnv_synchronize(ctx: *mut llama_context, error: *mut mnv_error) -> c_int;
     pub fn mnv_tokenize(
         vocab: *const llama_vocab,

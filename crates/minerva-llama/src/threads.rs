@@ -63,8 +63,7 @@ impl Drop for ThreadPool {
     fn drop(&mut self) {
         let Some(function) = backend::cpu_function(c"ggml_threadpool_free") else { return };
         // SAFETY: ggml exports this name as a function of this type (ggml-cpu.h).
-        let free =
-            unsafe { mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut sys::ggml_threadpool)>(function) };
+        let free = unsafe { mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut sys::ggml_threadpool)>(function) };
         // SAFETY: made by `ggml_threadpool_new`, freed only here, after its context.
         unsafe { free(self.raw.as_ptr()) };
     }

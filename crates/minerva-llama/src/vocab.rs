@@ -34,15 +34,18 @@ impl Model {
         thread::scope(|scope| {
             let worker = thread::Builder::new().name("minerva-tokenize".into()).stack_size(stack_bytes);
             match worker.spawn_scoped(scope, || self.tokenize_here(text, add_special, parse_special)) {
-                Ok(handle) => handle.join().unwrap_or_else(|_| Err(CallError::Exception("the tokenizer panicked".into()))),
+                Ok(handle) => {
+                    handle.join().unwrap_or_else(|_| Err(CallError::Exception("the tokenizer panicked".into())))
+                }
                 Err(_) => Err(CallError::NoMemory),
             }
         })
     }
 
     fn tokenize_here(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, CallError> {
-        let text_len = i32::try_from(text.len())
-            .map_err(|_| CallError::Argument(format!("a text of {} bytes is longer than {} bytes", text.len(), i32::MAX)))?;
+        let text_len = i32::try_from(text.len()).map_err(|_| {
+            CallError::Argument(format!("a text of {} bytes is longer than {} bytes", text.len(), i32::MAX))
+        })?;
         // A token covers at least one byte in almost every vocabulary; where not, the second round has the exact size.
         let mut tokens: Vec<Token> = vec![0; text.len() + 8];
         loop {

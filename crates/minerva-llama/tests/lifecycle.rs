@@ -58,7 +58,9 @@ fn a_context_outlives_the_handle_of_its_model_and_two_contexts_agree() {
     let b = greedy(&mut second, &prompt, 1, 6);
     assert_eq!(a, b);
     let mut text = Vec::new();
-    a.iter().for_each(|&token| second.model().token_bytes(token, false, &mut text));
+    for &token in &a {
+        second.model().token_bytes(token, false, &mut text);
+    }
     assert!(String::from_utf8_lossy(&text).contains("Paris"), "{}", String::from_utf8_lossy(&text));
 }
 
@@ -142,7 +144,9 @@ fn a_long_run_of_one_letter_is_tokenized_and_does_not_overflow_the_stack() {
     for text in ["A".repeat(400_000), " ".repeat(400_000), "é".repeat(100_000), "1.".repeat(100_000)] {
         let tokens = model.tokenize(&text, false, false).expect("tokenizes");
         let mut bytes = Vec::new();
-        tokens.iter().for_each(|&token| model.token_bytes(token, false, &mut bytes));
+        for &token in &tokens {
+            model.token_bytes(token, false, &mut bytes);
+        }
         assert_eq!(bytes.len(), text.len());
     }
 }

@@ -175,7 +175,7 @@ impl Scheduler {
             }
         }
         let n_decode = step.rows.len();
-        let mut left = self.budget.prefill_tokens(n_decode).min(n_batch - n_decode);
+        let mut left = self.budget.prefill_tokens(n_decode, self.seats.prefilling().count()).min(n_batch - n_decode);
         for (seq, seat) in self.seats.prefilling() {
             let rest = seat.rest_of_prompt();
             let n = rest.len().min(left);

@@ -675,7 +675,7 @@ fn one_pool_of_cells_evicts_the_oldest_finished_sequence_first_and_no_more_than_
 fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
     let mut budget = Budget::new(BackendLimits { n_batch: 2048, n_ubatch: 512, ..limits(8, 2048) });
     let mut trace = Vec::new();
-    let mut note = |what: &str, budget: &Budget| trace.push(format!("{what}: {}\n", budget.prefill_tokens(4)));
+    let mut note = |what: &str, budget: &Budget| trace.push(format!("{what}: {}\n", budget.prefill_tokens(4, 1)));
     note("nothing known", &budget);
     for (what, decode_us, token_us) in [
         ("a GPU", 10_000, 20),
@@ -689,13 +689,18 @@ fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
         }
         note(what, &budget);
     }
-    assert_eq!(budget.prefill_tokens(0), 2048, "nobody decodes, nobody waits");
+    let mut crowded = Budget::new(BackendLimits { n_batch: 2048, n_ubatch: 512, ..limits(8, 2048) });
+    crowded.learn(1, 0, 10_000);
+    crowded.learn(1, 64, 10_000 + 64 * 700);
+    trace.push(format!("a fast CPU, one stream and nine prompts: {}\n", crowded.prefill_tokens(1, 9)));
+    assert_eq!(budget.prefill_tokens(0, 1), 2048, "nobody decodes, nobody waits");
     expect![[r#"
         nothing known: 128
         a GPU: 512
-        a fast CPU: 21
-        a slow CPU: 39
+        a fast CPU: 28
+        a slow CPU: 79
         a board: 16
+        a fast CPU, one stream and nine prompts: 257
     "#]]
     .assert_eq(&trace.concat());
 }
@@ -707,7 +712,7 @@ fn a_few_prompt_tokens_and_steps_of_no_time_do_not_unsettle_the_budget() {
         budget.learn(0, 1, 500_000); // the step's fixed cost, not the token's
         budget.learn(4, 0, 0);
         budget.learn(4, 64, 0);
-        assert!((16..=2048).contains(&budget.prefill_tokens(3)));
+        assert!((16..=2048).contains(&budget.prefill_tokens(3, 1)));
     }
 }
 

@@ -1,6 +1,6 @@
 //! The environment: one variable per setting.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{ConfigError, SETTINGS, Values};
 
@@ -11,6 +11,8 @@ pub(super) struct Environment {
     /// `MINERVA_CONFIG`.
     pub(super) config_file: Option<PathBuf>,
     pub(super) home: Option<PathBuf>,
+    /// The model that `cargo xtask setup` fetched, as it tells cargo: `cargo run -p minerva-server` then needs no flag.
+    pub(super) fetched_model: Values,
     pub(super) warnings: Vec<String>,
 }
 
@@ -30,6 +32,11 @@ pub(super) fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<E
             environment.values.push((setting, value));
         } else if name == "MINERVA_CONFIG" {
             environment.config_file = Some(PathBuf::from(text));
+        } else if name == FETCHED_MODEL {
+            let setting = SETTINGS.iter().find(|setting| setting.path == "model.path");
+            let value =
+                setting.filter(|_| Path::new(&text).is_file()).and_then(|s| Some((s, s.kind.parse_text(&text).ok()?)));
+            environment.fetched_model.extend(value);
         } else if name == HOME {
             environment.home = Some(PathBuf::from(text));
         } else if name.starts_with("MINERVA_") && !OF_OTHERS.contains(&name.as_str()) {
@@ -43,6 +50,9 @@ pub(super) fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<E
 }
 
 /// Variables of our own tools and tests.
-const OF_OTHERS: &[&str] = &["MINERVA_CACHE_DIR", "MINERVA_TEST_MODEL", "MINERVA_URL"];
+const OF_OTHERS: &[&str] = &["MINERVA_CACHE_DIR", "MINERVA_URL"];
+
+/// Set by target/setup.toml for everything that cargo starts.
+const FETCHED_MODEL: &str = "MINERVA_TEST_MODEL";
 
 const HOME: &str = if cfg!(windows) { "USERPROFILE" } else { "HOME" };

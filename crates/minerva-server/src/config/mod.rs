@@ -117,6 +117,7 @@ pub fn load(invocation: &Invocation, vars: impl IntoIterator<Item = (String, Str
     let file_name = path.map(|path| path.display().to_string()).unwrap_or_default();
     let figment = Figment::new()
         .merge(Layer::new(LAYER_DEFAULT, settings::defaults()))
+        .merge(Layer::new(LAYER_DEFAULT, environment.fetched_model))
         .merge(Layer::new(&file_name, file))
         .merge(Layer::new(LAYER_ENVIRONMENT, environment.values))
         .merge(Layer::new(LAYER_COMMAND_LINE, invocation.values.clone()));
