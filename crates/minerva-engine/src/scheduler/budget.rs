@@ -2,12 +2,9 @@
 
 use crate::backend::BackendLimits;
 
-/// Time for prompts in a step, as a multiple of the time that its decoding takes, while there are no more prompts than
-/// decoding sequences: the gap between two tokens of a stream is then at most three times what it is alone.
+/// Time for prompts in a step, as a multiple of the time that its decoding takes: the gap between two tokens of a stream is
+/// then at most three times what it is alone.
 const STRETCH: f64 = 2.0;
-
-/// Where more prompts wait than sequences decode, their share grows with them, but no step shall take longer than this.
-const MAX_STEP_US: f64 = 250_000.0;
 
 /// Nor is it worth cutting a prompt so fine that a step takes less than this.
 const MIN_STEP_US: f64 = 25_000.0;
@@ -42,17 +39,21 @@ impl Budget {
     }
 
     /// Prompt tokens for a step that decodes `n_decode` sequences while `n_prompts` prompts are not done.
+    ///
+    /// Prompt tokens hold up those who decode, decoding holds up those who wait for their first token: whoever is more
+    /// decides. A burst of prompts is taken one `n_ubatch` at a time; a prompt beside many streams gets what they can spare.
     pub fn prefill_tokens(&self, n_decode: usize, n_prompts: usize) -> usize {
         if n_decode == 0 {
             return self.n_batch;
+        }
+        if n_prompts > n_decode {
+            return self.n_ubatch;
         }
         if self.prefill_token_us <= 0.0 {
             return self.n_ubatch.min(FIRST_PREFILL_TOKENS);
         }
         let decode_us = self.decode_step_us(n_decode);
-        let crowd = (n_prompts as f64 / n_decode as f64).max(1.0);
-        let prefill_us =
-            (decode_us * STRETCH * crowd).min(MAX_STEP_US - decode_us).max(MIN_STEP_US - decode_us).max(0.0);
+        let prefill_us = (decode_us * STRETCH).max(MIN_STEP_US - decode_us);
         let tokens = prefill_us / self.prefill_token_us;
         (tokens as usize).clamp(MIN_PREFILL_TOKENS, self.n_ubatch.max(MIN_PREFILL_TOKENS))
     }

@@ -700,7 +700,7 @@ fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
         a fast CPU: 28
         a slow CPU: 79
         a board: 16
-        a fast CPU, one stream and nine prompts: 257
+        a fast CPU, one stream and nine prompts: 512
     "#]]
     .assert_eq(&trace.concat());
 }
