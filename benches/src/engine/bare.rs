@@ -22,7 +22,13 @@ impl Bare {
         Ok(Self { context, batch, backend_s: 0.0, steps: 0 })
     }
 
-    pub(super) fn run(&mut self, workload: Workload, round: u32) -> anyhow::Result<Sample> {
+    /// Once to warm up, once to count.
+    pub(super) fn run_twice(&mut self, workload: Workload, round: u32) -> anyhow::Result<Sample> {
+        self.run(workload, super::WARM_UP)?;
+        self.run(workload, round)
+    }
+
+    fn run(&mut self, workload: Workload, round: u32) -> anyhow::Result<Sample> {
         let n_vocab = self.context.model().n_vocab() as u32;
         let n_batch = self.context.n_batch() as usize;
         for seq in 0..workload.n_seq {

@@ -7,6 +7,7 @@ mod through_engine;
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::thread;
 
 use anyhow::Context as _;
 use minerva_engine::{Engine, EngineConfig, FlashAttention};
@@ -87,7 +88,6 @@ pub fn run(model_path: &Path, workload: Workload, settings: Settings) -> anyhow:
         kv_unified: settings.kv_unified,
         ..ContextParams::default()
     };
-    let mut bare = bare::Bare::new(&model, &context)?;
     let config = EngineConfig {
         n_seq_max: Some(workload.n_seq),
         context_length_tokens: Some(n_ctx_seq),
@@ -97,18 +97,22 @@ pub fn run(model_path: &Path, workload: Workload, settings: Settings) -> anyhow:
         use_extra_buffers: settings.extra_buffers,
         ..EngineConfig::new(model_path)
     };
-    let engine = Engine::load(config, |_| ControlFlow::Continue(())).context("the engine's model")?;
     let mut report = Report::new(workload, settings);
-    // One round more than is counted: the first one warms up both sides.
-    for round in 0..=settings.rounds {
-        let bare = bare.run(workload, round)?;
-        let through_engine = through_engine::run(&engine, workload, round)?;
-        if round > 0 {
-            report.push(bare, through_engine);
-        }
+    for round in 0..settings.rounds {
+        // One side at a time, each on threads that end with it: OpenMP keeps a team for every thread that computed, and
+        // spins less once there are more of them than cores, so a side that stays would slow down the other.
+        let bare =
+            thread::scope(|scope| scope.spawn(|| bare::Bare::new(&model, &context)?.run_twice(workload, round)).join());
+        let bare = bare.map_err(|_| anyhow::anyhow!("the bare loop panicked"))??;
+        let engine = Engine::load(config.clone(), |_| ControlFlow::Continue(())).context("the engine's model")?;
+        through_engine::run(&engine, workload, WARM_UP)?;
+        report.push(bare, through_engine::run(&engine, workload, round)?);
     }
     Ok(report)
 }
+
+/// The round whose prompts warm up each side and are not counted.
+const WARM_UP: u32 = u32::MAX;
 
 /// Prompt tokens that differ from sequence to sequence and from round to round, but not from run to run.
 fn prompt(n_vocab: u32, workload: Workload, seq: u32, round: u32) -> Vec<i32> {

@@ -1,5 +1,7 @@
 //! The engine's backend trait over one llama.cpp context.
 
+use std::thread;
+
 use minerva_llama::{Batch, Context, DecodeError, DeviceBytes};
 
 use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
@@ -17,7 +19,17 @@ impl LlamaBackend {
     }
 
     /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.
+    ///
+    /// On a thread that ends: OpenMP keeps a team of threads for every thread that ever computed, and once there are more of
+    /// them than cores it stops spinning at its barriers. A team left behind on the caller's thread made every later step
+    /// half as slow again (docs/benchmarks.md).
     pub(crate) fn warm_up(&mut self) {
+        thread::scope(|scope| scope.spawn(|| self.decode_one()).join()).unwrap_or_else(|_| {
+            tracing::warn!("the warm-up step panicked");
+        });
+    }
+
+    fn decode_one(&mut self) {
         let token = self.context.model().bos().unwrap_or(0);
         let row = Row { seq: 0, token, pos: 0, output: true };
         if let Err(error) = self.decode(&[row]) {
