@@ -173,6 +173,12 @@ impl Engine {
         self.inner.shared.step_age()
     }
 
+    /// Whether the engine takes requests: not after [`drain`](Self::drain) or [`shutdown`](Self::shutdown), and not when its
+    /// thread ended by a bug of ours.
+    pub fn is_accepting(&self) -> bool {
+        !self.inner.is_closed()
+    }
+
     /// What this build is.
     pub fn build_info() -> BuildInfo {
         llama::build_info()

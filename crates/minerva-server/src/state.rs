@@ -107,7 +107,8 @@ impl App {
 
     /// OpenAI's `system_fingerprint`: changes whenever answers may change because the server did.
     pub fn fingerprint(&self) -> String {
-        format!("minerva-{}-{}", self.build.version, self.build.llama_cpp)
+        let llama_cpp = self.build.llama_cpp.split(' ').next().unwrap_or_default();
+        format!("minerva-{}-{llama_cpp}", self.build.version)
     }
 }
 

@@ -32,7 +32,11 @@ pub(super) fn ready(app: &App) -> Response<ResponseBody> {
             // A device that hangs takes its step with it; the engine thread cannot say so itself.
             let deadline = app.settings.step_deadline_seconds.duration();
             let is_stalled = engine.step_age().is_some_and(|age| age > deadline);
-            let (status, word) = if is_stalled { (unavailable, "stalled") } else { (StatusCode::OK, "ok") };
+            let (status, word) = match (engine.is_accepting(), is_stalled) {
+                (false, _) => (unavailable, "failed"),
+                (true, true) => (unavailable, "stalled"),
+                (true, false) => (StatusCode::OK, "ok"),
+            };
             answer(status, &Health { status: word, stage: None, progress: None })
         }
         Phase::Loading(load) => {
