@@ -3,7 +3,7 @@
 //!
 //! A turn has two parts because the first one can fail in the backend: [`Scheduler::admit`] seats waiting requests and
 //! says what to do with the cache, [`Scheduler::step`] says which tokens to compute. Decoding sequences come first; prompts
-//! fill what is left of the step ([`budget`]).
+//! fill what is left of the step ([`Budget`]).
 //!
 //! # Invariants
 //! - A sequence belongs to one request from admission until [`Scheduler::release`], and then keeps its tokens for reuse.
