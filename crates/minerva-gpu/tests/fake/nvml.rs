@@ -48,6 +48,7 @@ pub struct MemoryV2 {
 
 unsafe fn put(text: &str, to: *mut c_char) -> c_uint {
     for (i, byte) in text.bytes().chain([0]).enumerate() {
+        // SAFETY: `to` has room for the text and its NUL: nvml-wrapper passes buffers longer than any text here.
         unsafe { *to.add(i) = byte as c_char };
     }
     0
@@ -74,15 +75,18 @@ pub extern "C" fn nvmlShutdown() -> c_uint {
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlSystemGetDriverVersion(to: *mut c_char, _: c_uint) -> c_uint {
+    // SAFETY: nvml-wrapper passes a live buffer that is longer than any text here.
     unsafe { put(option_env!("FAKE_DRIVER").unwrap_or("535.104.05"), to) }
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlSystemGetCudaDriverVersion_v2(to: *mut c_int) -> c_uint {
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = 12020 };
     0
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetCount_v2(to: *mut c_uint) -> c_uint {
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = 4 };
     0
 }
@@ -91,13 +95,16 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, to: *mut H
     if index == 2 {
         return GPU_IS_LOST;
     }
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = index as usize + 1 };
     0
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetHandleByUUID(uuid: *const c_char, to: *mut Handle) -> c_uint {
+    // SAFETY: nvml-wrapper passes a NUL-terminated string that lives through the call.
     let uuid = unsafe { CStr::from_ptr(uuid) }.to_str().unwrap();
     match UUIDS.iter().find(|(_, known)| *known == uuid) {
+        // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
         Some((handle, _)) => unsafe { *to = *handle },
         None => return NOT_FOUND,
     }
@@ -112,11 +119,13 @@ pub unsafe extern "C" fn nvmlDeviceGetName(handle: Handle, to: *mut c_char, _: c
         100 => "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
         _ => "NVIDIA A100-SXM4-40GB MIG 2g.10gb",
     };
+    // SAFETY: nvml-wrapper passes a live buffer that is longer than any text here.
     unsafe { put(name, to) }
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetUUID(handle: Handle, to: *mut c_char, _: c_uint) -> c_uint {
     match UUIDS.iter().find(|(known, _)| *known == handle) {
+        // SAFETY: nvml-wrapper passes a live buffer that is longer than any text here.
         Some((_, uuid)) => unsafe { put(uuid, to) },
         None => NOT_FOUND,
     }
@@ -128,6 +137,7 @@ pub unsafe extern "C" fn nvmlDeviceGetPciInfo_v3(handle: Handle, to: *mut Pci) -
         2 => "0000000F:01:00.0",
         _ => "00000000:17:00.0", // the A100 comes first on the bus
     };
+    // SAFETY: nvml-wrapper passes a live buffer that is longer than any text here.
     unsafe { put(bus_id, (&raw mut (*to).bus_id).cast()) }
 }
 #[unsafe(no_mangle)]
@@ -137,6 +147,7 @@ pub unsafe extern "C" fn nvmlDeviceGetCudaComputeCapability(
     minor: *mut c_int,
 ) -> c_uint {
     let (a, b) = [(9, 0), (12, 1), (0, 0), (8, 0)][handle - 1];
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { (*major, *minor) = (a, b) };
     0
 }
@@ -145,6 +156,7 @@ pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo(handle: Handle, to: *mut Memory
     let Some((total, free)) = memory(handle) else {
         return NOT_SUPPORTED;
     };
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = MemoryV1 { total, free, used: total - free } };
     0
 }
@@ -154,16 +166,19 @@ pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(handle: Handle, to: *mut Mem
     let Some((total, free)) = memory(handle) else {
         return NOT_SUPPORTED;
     };
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = MemoryV2 { version: 2, total, reserved: 0, free, used: total - free } };
     0
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetNumGpuCores(_: Handle, to: *mut c_uint) -> c_uint {
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = 16896 };
     0
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMaxClockInfo(_: Handle, _: c_uint, to: *mut c_uint) -> c_uint {
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = 1980 };
     0
 }
@@ -173,11 +188,13 @@ pub unsafe extern "C" fn nvmlDeviceGetMigMode(handle: Handle, now: *mut c_uint, 
         return NOT_SUPPORTED;
     }
     let on = c_uint::from(handle == 4);
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { (*now, *later) = (on, on) };
     0
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMaxMigDeviceCount(_: Handle, to: *mut c_uint) -> c_uint {
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = 7 };
     0
 }
@@ -186,6 +203,7 @@ pub unsafe extern "C" fn nvmlDeviceGetMigDeviceHandleByIndex(_: Handle, place: c
     if place != 0 && place != 3 {
         return NOT_FOUND;
     }
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
     unsafe { *to = 100 + place as usize };
     0
 }
