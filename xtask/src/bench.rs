@@ -30,9 +30,14 @@ pub(crate) fn serve(args: &Args) -> anyhow::Result<()> {
 }
 
 fn run(program: &str, args: &Args) -> anyhow::Result<()> {
-    setup::prepare(&setup::Args::default())?;
+    let ready = setup::prepare(&setup::Args::default())?;
     // The load tool starts the server that stands beside it.
     workspace::check(workspace::cargo().args(["build", "--release", "-p", "minerva-server", "-p", "minerva-benches"]))?;
     // Not `cargo run`: built alone, the package would have other features of shared dependencies, and be built again.
-    workspace::check(workspace::command(workspace::release_dir().join(program)).args(&args.args))
+    let mut command = workspace::command(workspace::release_dir().join(program));
+    // In a new clone cargo started this process before set-up wrote the variable.
+    if let Some(model) = &ready.model {
+        command.env("MINERVA_TEST_MODEL", model);
+    }
+    workspace::check(command.args(&args.args))
 }
