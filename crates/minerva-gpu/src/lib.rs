@@ -21,6 +21,7 @@ mod cpu;
 mod device;
 mod diagnosis;
 mod error;
+pub mod gguf;
 mod machine;
 mod memory;
 #[cfg_attr(not(target_os = "macos"), allow(dead_code))] // its parser is tested on every system
