@@ -21,6 +21,7 @@ mod cpu;
 mod device;
 mod diagnosis;
 mod error;
+pub mod estimate;
 pub mod gguf;
 mod machine;
 mod memory;
@@ -29,6 +30,7 @@ mod metal;
 mod nvml;
 mod ram;
 mod select;
+pub mod synthetic;
 #[cfg(test)]
 mod testing;
 mod visible;

@@ -1,36 +1,11 @@
-// Bytes per device: of a load that allocates nothing, and of a context that exists.
+// Bytes per device of a context, also of one that allocated nothing.
 
 #include "guard.h"
 
-#include "fit.h"
 #include "llama-ext.h"
 
 static void set_name(mnv_device_bytes & entry, const char * name) {
     std::snprintf(entry.name, sizeof(entry.name), "%s", name);
-}
-
-int mnv_device_memory(const char * path, const llama_model_params * mparams, const llama_context_params * cparams,
-                      mnv_device_bytes * out, size_t * n, mnv_model_shape * shape, mnv_error * error) {
-    return mnv_guard(error, [&] {
-        std::vector<ggml_backend_dev_t> devices;
-
-        const auto figures = common_get_device_memory_data(path, mparams, cparams, devices, shape->n_layers,
-                                                           shape->n_ctx_train, shape->n_experts, GGML_LOG_LEVEL_ERROR);
-        const size_t room = *n;
-        *n                = figures.size();
-        if (room < figures.size()) {
-            return MNV_TOO_SMALL;
-        }
-        for (size_t i = 0; i < figures.size(); i++) {
-            set_name(out[i], i < devices.size() ? ggml_backend_dev_name(devices[i]) : "Host");
-            out[i].total_bytes   = figures[i].total;
-            out[i].free_bytes    = figures[i].free;
-            out[i].model_bytes   = figures[i].model;
-            out[i].context_bytes = figures[i].context;
-            out[i].compute_bytes = figures[i].compute;
-        }
-        return MNV_OK;
-    });
 }
 
 int mnv_context_memory(const llama_context * ctx, mnv_device_bytes * out, size_t * n, mnv_error * error) {

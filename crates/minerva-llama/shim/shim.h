@@ -48,26 +48,13 @@ int mnv_state_seq_get(struct llama_context * ctx, llama_seq_id seq, uint8_t * ds
 int mnv_state_seq_set(struct llama_context * ctx, llama_seq_id seq, const uint8_t * src, size_t n, bool * restored, struct mnv_error * error);
 
 struct mnv_device_bytes {
-    char    name[64];    // llama.cpp's device name; the last entry is the host
-    int64_t total_bytes;
-    int64_t free_bytes;
-    size_t  model_bytes;
-    size_t  context_bytes;
-    size_t  compute_bytes;
+    char   name[64]; // llama.cpp's device name, "Host" for the system's memory
+    size_t model_bytes;
+    size_t context_bytes;
+    size_t compute_bytes;
 };
 
-struct mnv_model_shape {
-    uint32_t n_layers;
-    uint32_t n_ctx_train;
-    uint32_t n_experts;
-};
-
-// Loads model and context without allocating and reports each device's bytes, the host last.
-// `n` holds the room in `out` and receives the number of entries. Not thread-safe: it replaces the log callback meanwhile.
-int mnv_device_memory(const char * path, const struct llama_model_params * mparams, const struct llama_context_params * cparams,
-                      struct mnv_device_bytes * out, size_t * n, struct mnv_model_shape * shape, struct mnv_error * error);
-
-// The same figures of a context that exists. `n` as above.
+// What model and context take on each device. `n` holds the room in `out` and receives the number of entries.
 int mnv_context_memory(const struct llama_context * ctx, struct mnv_device_bytes * out, size_t * n, struct mnv_error * error);
 
 struct mnv_chat;

@@ -22,6 +22,7 @@ mod log;
 mod memory;
 mod model;
 mod params;
+mod simulation;
 mod threads;
 mod vocab;
 
@@ -32,8 +33,9 @@ pub use batch::Batch;
 pub use chat::{ChatPrompt, ChatTemplate};
 pub use context::Context;
 pub use error::{BatchError, CallError, DecodeError, LoadError};
-pub use memory::{DeviceBytes, SimulatedLoad, simulate_load};
+pub use memory::DeviceBytes;
 pub use model::Model;
 pub use params::{ContextParams, FlashAttention, KvType, ModelParams};
+pub use simulation::Simulation;
 pub use threads::ThreadPool;
 pub use vocab::Token;

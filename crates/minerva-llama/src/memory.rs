@@ -1,19 +1,15 @@
-//! The KV cache of a context, sequence by sequence, and the bytes of a load.
-
-use std::path::Path;
-use std::sync::PoisonError;
+//! The KV cache of a context, sequence by sequence, and its bytes.
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{CallError, LoadError, call};
-use crate::model::{LOADING, model_path};
-use crate::{Context, ContextParams, ModelParams, backend, log, sys};
+use crate::error::{CallError, call};
+use crate::{Context, backend, sys};
 
 /// Devices that one load can name: llama.cpp's own bound is 16, the host is one more.
 const MAX_DEVICES: usize = 32;
 
 /// What a model and its context take on one device, in bytes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceBytes {
     /// llama.cpp's name of the device, `Host` for the system's memory.
     pub device: String,
@@ -23,67 +19,12 @@ pub struct DeviceBytes {
     pub kv_bytes: u64,
     /// Scratch for one step.
     pub compute_bytes: u64,
-    /// All memory of the device; 0 where only the use was asked for.
-    pub total_bytes: u64,
-    /// Free memory of the device; 0 where only the use was asked for.
-    pub free_bytes: u64,
-}
-
-/// What a load would take, and the sizes of the model that a plan needs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SimulatedLoad {
-    /// Bytes per device, the host last.
-    pub devices: Vec<DeviceBytes>,
-    /// Transformer layers.
-    pub n_layers: u32,
-    /// The context the model was trained for, in tokens.
-    pub context_train_tokens: u32,
-    /// Experts per layer; 0 for a dense model.
-    pub n_experts: u32,
-}
-
-/// The exact bytes per device of a load, from a load that allocates nothing (about 0.1 s).
-///
-/// # Errors
-/// [`LoadError`] as a real load would give it.
-#[doc(alias = "common_get_device_memory_data")]
-pub fn simulate_load(path: &Path, model: &ModelParams, context: &ContextParams) -> Result<SimulatedLoad, LoadError> {
-    backend::init();
-    let c_path = model_path(path)?;
-    let (raw_model, _devices) = model.raw();
-    let raw_context = context.raw();
-    let _guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut shape = sys::mnv_model_shape::default();
-    let (model, context, out_shape) = (&raw const raw_model, &raw const raw_context, &raw mut shape);
-    let result = device_bytes(|out, n, error| {
-        // SAFETY: path, parameters and device list outlive the call; `out` has room for `n` entries.
-        unsafe { sys::mnv_device_memory(c_path.as_ptr(), model, context, out, n, out_shape, error) }
-    });
-    // The simulation swaps the log callback and does not put it back when it fails.
-    log::install();
-    let devices = result.map_err(|error| match (error, log::take_last_error()) {
-        (CallError::Exception(_), Some(reason)) => LoadError::Call(CallError::Refused(reason)),
-        (error, _) => LoadError::Call(error),
-    })?;
-    Ok(SimulatedLoad {
-        devices,
-        n_layers: shape.n_layers,
-        context_train_tokens: shape.n_ctx_train,
-        n_experts: shape.n_experts,
-    })
 }
 
 fn device_bytes(
     fill: impl FnOnce(*mut sys::mnv_device_bytes, *mut usize, *mut sys::mnv_error) -> i32,
 ) -> Result<Vec<DeviceBytes>, CallError> {
-    let empty = sys::mnv_device_bytes {
-        name: [0; 64],
-        total_bytes: 0,
-        free_bytes: 0,
-        model_bytes: 0,
-        context_bytes: 0,
-        compute_bytes: 0,
-    };
+    let empty = sys::mnv_device_bytes { name: [0; 64], model_bytes: 0, context_bytes: 0, compute_bytes: 0 };
     let mut entries = [empty; MAX_DEVICES];
     let mut n = entries.len();
     let status = call(|error| fill(entries.as_mut_ptr(), &raw mut n, error))?;
@@ -97,8 +38,6 @@ fn device_bytes(
             weights_bytes: entry.model_bytes as u64,
             kv_bytes: entry.context_bytes as u64,
             compute_bytes: entry.compute_bytes as u64,
-            total_bytes: u64::try_from(entry.total_bytes).unwrap_or(0),
-            free_bytes: u64::try_from(entry.free_bytes).unwrap_or(0),
         })
         .collect())
 }

@@ -9,6 +9,7 @@ use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{CallError, LoadError, call};
+use crate::params::RawModelParams;
 use crate::{ModelParams, backend, sys};
 
 /// Loads are one at a time: a simulated load replaces the process-wide log callback, and the last error line of the log
@@ -41,18 +42,25 @@ impl Model {
         params: &ModelParams,
         progress: &mut dyn FnMut(f32) -> ControlFlow<()>,
     ) -> Result<Arc<Self>, LoadError> {
-        backend::init();
+        Self::load_with(path, params.raw(), progress)
+    }
+
+    pub(crate) fn load_with(
+        path: &Path,
+        mut raw: RawModelParams,
+        progress: &mut dyn FnMut(f32) -> ControlFlow<()>,
+    ) -> Result<Arc<Self>, LoadError> {
         let c_path = model_path(path)?;
-        let (mut raw_params, _devices) = params.raw();
+        let raw_params = &mut raw.params;
         let mut state = Progress { report: progress, cancelled: false };
         raw_params.progress_callback = Some(on_progress);
         raw_params.progress_callback_user_data = (&raw mut state).cast::<c_void>();
 
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut raw = ptr::null_mut();
-        // SAFETY: path, params, the device list and `state` outlive the call; `raw` receives the model.
+        // SAFETY: path, params, what they point to and `state` outlive the call; `raw` receives the model.
         let result =
-            call(|error| unsafe { sys::mnv_model_load(c_path.as_ptr(), &raw const raw_params, &raw mut raw, error) });
+            call(|error| unsafe { sys::mnv_model_load(c_path.as_ptr(), &raw const *raw_params, &raw mut raw, error) });
         drop(guard);
         if state.cancelled {
             if let Some(raw) = NonNull::new(raw) {

@@ -1,5 +1,6 @@
 //! Parameters of a model and of a context, as plain values.
 
+use std::ffi::CString;
 use std::ptr;
 
 use crate::{backend, sys};
@@ -11,6 +12,10 @@ pub struct ModelParams {
     pub devices: Vec<usize>,
     /// Layers on those devices; the output layer counts as one.
     pub n_gpu_layers: u32,
+    /// How many of those layers each device gets, in the order of `devices`. Empty: in proportion to their free memory.
+    pub layers_per_device: Vec<u32>,
+    /// Layers whose experts stay on the host although the layer does not.
+    pub expert_layers_on_host: Vec<u32>,
     /// Let the CPU backend repack weights for its matrix units.
     pub use_extra_buffers: bool,
     /// Map the file instead of reading it.
@@ -19,25 +24,72 @@ pub struct ModelParams {
 
 impl Default for ModelParams {
     fn default() -> Self {
-        Self { devices: Vec::new(), n_gpu_layers: 0, use_extra_buffers: true, use_mmap: true }
+        Self {
+            devices: Vec::new(),
+            n_gpu_layers: 0,
+            layers_per_device: Vec::new(),
+            expert_layers_on_host: Vec::new(),
+            use_extra_buffers: true,
+            use_mmap: true,
+        }
     }
 }
 
+/// The C struct, with what it points to. Moving it keeps the pointers: they lead to the heap.
+pub(crate) struct RawModelParams {
+    pub(crate) params: sys::llama_model_params,
+    _devices: Vec<sys::ggml_backend_dev_t>,
+    _split: Vec<f32>,
+    _patterns: Vec<CString>,
+    _overrides: Vec<sys::llama_model_tensor_buft_override>,
+}
+
+/// Devices that llama.cpp reads a share for, whatever the list of devices (`llama_max_devices`).
+const MAX_DEVICES: usize = 128;
+
 impl ModelParams {
-    /// The C struct and the null-terminated device list that it points to.
-    pub(crate) fn raw(&self) -> (sys::llama_model_params, Vec<sys::ggml_backend_dev_t>) {
+    pub(crate) fn raw(&self) -> RawModelParams {
         backend::init();
         let n_devices = backend::devices().len();
         let mut devices: Vec<_> =
             self.devices.iter().filter(|&&index| index < n_devices).map(|&index| backend::raw_device(index)).collect();
         devices.push(ptr::null_mut());
+        let mut split: Vec<f32> =
+            self.layers_per_device.iter().map(|&n| f32::from(u16::try_from(n).unwrap_or(u16::MAX))).collect();
+        let patterns = self.host_patterns();
+        let mut overrides: Vec<_> = patterns
+            .iter()
+            .map(|pattern| sys::llama_model_tensor_buft_override {
+                pattern: pattern.as_ptr(),
+                // SAFETY: no preconditions; a static buffer type.
+                buft: unsafe { sys::ggml_backend_cpu_buffer_type() },
+            })
+            .collect();
         // SAFETY: returns a plain struct.
-        let mut raw = unsafe { sys::llama_model_default_params() };
-        raw.devices = devices.as_mut_ptr(); // the vector's buffer does not move when the vector does
-        raw.n_gpu_layers = i32::try_from(self.n_gpu_layers).unwrap_or(i32::MAX);
-        raw.load_mode = if self.use_mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
-        raw.use_extra_bufts = self.use_extra_buffers;
-        (raw, devices)
+        let mut params = unsafe { sys::llama_model_default_params() };
+        params.devices = devices.as_mut_ptr();
+        params.n_gpu_layers = i32::try_from(self.n_gpu_layers).unwrap_or(i32::MAX);
+        params.load_mode = if self.use_mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
+        params.use_extra_bufts = self.use_extra_buffers;
+        if split.iter().any(|&share| share > 0.0) {
+            split.resize(MAX_DEVICES, 0.0);
+            params.tensor_split = split.as_ptr();
+        }
+        if !overrides.is_empty() {
+            overrides.push(sys::llama_model_tensor_buft_override { pattern: ptr::null(), buft: ptr::null_mut() });
+            params.tensor_buft_overrides = overrides.as_ptr();
+        }
+        RawModelParams { params, _devices: devices, _split: split, _patterns: patterns, _overrides: overrides }
+    }
+
+    /// One expression for all experts that stay: llama.cpp tries each pattern on each tensor.
+    fn host_patterns(&self) -> Vec<CString> {
+        if self.expert_layers_on_host.is_empty() {
+            return Vec::new();
+        }
+        let layers: Vec<String> = self.expert_layers_on_host.iter().map(u32::to_string).collect();
+        let pattern = format!(r"^blk\.({})\.ffn_(up|down|gate|gate_up)_(ch|)exps", layers.join("|"));
+        CString::new(pattern).into_iter().collect()
     }
 }
 
@@ -113,6 +165,8 @@ pub struct ContextParams {
     pub type_v: KvType,
     /// One pool of cells for all sequences, instead of a stream of `n_ctx / n_seq_max` cells for each.
     pub kv_unified: bool,
+    /// Layers with a sliding window keep the whole context, so that a sequence can be cut anywhere.
+    pub full_windows: bool,
 }
 
 impl Default for ContextParams {
@@ -128,6 +182,7 @@ impl Default for ContextParams {
             type_k: KvType::F16,
             type_v: KvType::F16,
             kv_unified: false,
+            full_windows: true,
         }
     }
 }
@@ -151,6 +206,7 @@ impl ContextParams {
         raw.type_k = self.type_k.raw();
         raw.type_v = self.type_v.raw();
         raw.kv_unified = self.kv_unified;
+        raw.swa_full = self.full_windows;
         raw.no_perf = true;
         raw
     }

@@ -23,19 +23,9 @@ pub struct mnv_error {
 #[derive(Clone, Copy)]
 pub struct mnv_device_bytes {
     pub name: [c_char; 64],
-    pub total_bytes: i64,
-    pub free_bytes: i64,
     pub model_bytes: usize,
     pub context_bytes: usize,
     pub compute_bytes: usize,
-}
-
-#[repr(C)]
-#[derive(Default)]
-pub struct mnv_model_shape {
-    pub n_layers: u32,
-    pub n_ctx_train: u32,
-    pub n_experts: u32,
 }
 
 #[repr(C)]
@@ -111,15 +101,6 @@ unsafe extern "C" {
         src: *const u8,
         n: usize,
         restored: *mut bool,
-        error: *mut mnv_error,
-    ) -> c_int;
-    pub fn mnv_device_memory(
-        path: *const c_char,
-        mparams: *const llama_model_params,
-        cparams: *const llama_context_params,
-        out: *mut mnv_device_bytes,
-        n: *mut usize,
-        shape: *mut mnv_model_shape,
         error: *mut mnv_error,
     ) -> c_int;
     pub fn mnv_context_memory(

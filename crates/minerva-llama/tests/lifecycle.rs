@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use minerva_llama::{
-    Batch, BatchError, ChatPrompt, ChatTemplate, Context, ContextParams, LoadError, Model, ModelParams, simulate_load,
+    Batch, BatchError, ChatPrompt, ChatTemplate, Context, ContextParams, LoadError, Model, ModelParams, Simulation,
 };
 
 fn model_path() -> PathBuf {
@@ -119,17 +119,19 @@ fn files_that_are_no_model_are_errors_with_a_reason() {
     let error = Model::load("Cargo.toml".as_ref(), &ModelParams::default(), &mut |_| ControlFlow::Continue(()))
         .expect_err("not a model");
     assert!(!error.to_string().contains("no reason"), "{error}");
-    let error = simulate_load("Cargo.toml".as_ref(), &ModelParams::default(), &small(1)).expect_err("not a model");
+    let error = Simulation::load("Cargo.toml".as_ref(), &ModelParams::default()).expect_err("not a model");
     assert!(!error.to_string().is_empty());
 }
 
 #[test]
 fn a_simulated_load_names_the_bytes_that_the_context_really_takes() {
     let params = small(4);
-    let plan = simulate_load(&model_path(), &ModelParams::default(), &params).expect("simulates");
-    let host = plan.devices.last().expect("the host is always there");
+    let simulation = Simulation::load(&model_path(), &ModelParams::default()).expect("simulates");
+    let devices = simulation.memory_bytes(&params).expect("measures");
+    let host = devices.last().expect("the host is always there");
     let model = load();
-    assert_eq!((plan.n_layers, plan.context_train_tokens), (model.n_layers(), model.context_train_tokens()));
+    let sizes = (simulation.n_layers(), simulation.context_train_tokens());
+    assert_eq!(sizes, (model.n_layers(), model.context_train_tokens()));
     let context = Context::new(&model, &params).expect("a context");
     let real = context.memory_bytes().expect("known");
     let real = real.iter().find(|d| d.device == "Host").expect("the host");

@@ -4,7 +4,7 @@
 //! stays fixed; what was left open shrinks until the plan is within the device's share of memory.
 
 use minerva_gpu::{BuildBackends, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate};
-use minerva_llama::{ContextParams, DeviceKind, ExtraBuffers, ModelParams, SimulatedLoad, simulate_load};
+use minerva_llama::{ContextParams, DeviceBytes, DeviceKind, ExtraBuffers, ModelParams, Simulation};
 
 use crate::config::{EngineConfig, FlashAttention, KvType};
 use crate::error::LoadError;
@@ -204,11 +204,17 @@ impl<'a> Draft<'a> {
             type_k: kv_type(config.kv_type_k),
             type_v: kv_type(config.kv_type_v),
             kv_unified: self.sizes.unified,
+            full_windows: true,
         }
     }
 
     fn simulate(&self) -> Result<SimulatedLoad, LoadError> {
-        Ok(simulate_load(&self.config.model_path, &self.model, &self.context())?)
+        let simulation = Simulation::load(&self.config.model_path, &self.model)?;
+        Ok(SimulatedLoad {
+            devices: simulation.memory_bytes(&self.context())?,
+            n_layers: simulation.n_layers(),
+            context_train_tokens: simulation.context_train_tokens(),
+        })
     }
 
     /// Halves what the user left open: sequences first, then the context. `false` when nothing is left to give.
@@ -237,8 +243,8 @@ impl<'a> Draft<'a> {
             weights_bytes: bytes.weights_bytes,
             kv_bytes: bytes.kv_bytes,
             compute_bytes: bytes.compute_bytes,
-            total_bytes: bytes.total_bytes,
-            free_bytes: bytes.free_bytes,
+            total_bytes: 0,
+            free_bytes: 0,
         });
         let placement = Placement {
             device: format!("{:?}", device.kind),
@@ -323,6 +329,14 @@ fn kv_type(kv_type: KvType) -> minerva_llama::KvType {
 
 fn total(bytes: &minerva_llama::DeviceBytes) -> u64 {
     bytes.weights_bytes + bytes.kv_bytes + bytes.compute_bytes
+}
+
+/// What a load would take, and the sizes of the model that a plan needs.
+struct SimulatedLoad {
+    /// Bytes per device, the host last.
+    devices: Vec<DeviceBytes>,
+    n_layers: u32,
+    context_train_tokens: u32,
 }
 
 fn host_bytes(taken: &SimulatedLoad) -> u64 {

@@ -1,0 +1,172 @@
+//! How much memory a model will take on each device, from its header alone: no weights are read, no llama.cpp is linked.
+//!
+//! Weights and cache are sums over tensors. Scratch is simulated: [`graph`] writes down the step that llama.cpp would reserve
+//! memory for and packs it with ggml's own rules, so that the figure follows every change of batch, context, cache type and
+//! placement. [`ModelShape`] reads the sizes, [`LoadSettings`] and [`Placement`] say what is wanted, [`estimate`] answers.
+
+mod cache;
+mod graph;
+mod model;
+mod placement;
+mod settings;
+mod windows;
+
+use serde::{Deserialize, Serialize};
+
+pub use model::ModelShape;
+pub use placement::Placement;
+pub use settings::LoadSettings;
+
+use crate::gguf::{GgmlType, GgufError};
+use cache::CacheShape;
+use graph::Backend;
+use graph::build::{Step, build};
+
+/// Why a header cannot be estimated.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EstimateError {
+    /// A key that every model has.
+    #[error("the file has no `{key}`")]
+    Missing {
+        /// The key.
+        key: String,
+    },
+    /// A size that no model has.
+    #[error("`{key}` is {value}, the limit is {limit}")]
+    Size {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: u64,
+        /// The largest that is accepted.
+        limit: u64,
+    },
+    /// A value of the wrong type.
+    #[error(transparent)]
+    Header(#[from] GgufError),
+}
+
+/// What memory on a device is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceTraits {
+    /// Bytes that each tensor is rounded up to.
+    pub alignment_bytes: u64,
+    /// From this many tokens on the device fetches weights that lie on the host instead of leaving the work there.
+    pub offload_from_tokens: Option<u64>,
+}
+
+impl DeviceTraits {
+    /// The host (`TENSOR_ALIGNMENT` in ggml-impl.h), and a server that lends its own.
+    pub const HOST: Self = Self { alignment_bytes: 32, offload_from_tokens: None };
+    /// An NVIDIA device (ggml-cuda.cu).
+    pub const CUDA: Self = Self { alignment_bytes: 128, offload_from_tokens: Some(32) };
+}
+
+/// What the host does with weights.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostTraits {
+    /// Types that the host's matrix code repacks: a tied output layer of such a type is kept twice.
+    pub repacked_types: Vec<GgmlType>,
+}
+
+/// Bytes on one device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceLoad {
+    /// Weights.
+    pub weights_bytes: u64,
+    /// KV cache and recurrent states.
+    pub cache_bytes: u64,
+    /// Scratch for one step.
+    pub compute_bytes: u64,
+}
+
+impl DeviceLoad {
+    /// All of it.
+    pub fn total_bytes(&self) -> u64 {
+        self.weights_bytes.saturating_add(self.cache_bytes).saturating_add(self.compute_bytes)
+    }
+}
+
+/// Bytes on each device, the host last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// In the order of the placement's devices.
+    pub devices: Vec<DeviceLoad>,
+    /// The host: what is not on a device.
+    pub host: DeviceLoad,
+}
+
+/// Bytes that a load with these settings takes on each device.
+///
+/// `devices` has the traits of the placement's devices, in their order; missing ones count as [`DeviceTraits::CUDA`].
+pub fn estimate(
+    model: &ModelShape,
+    settings: &LoadSettings,
+    placement: &Placement,
+    devices: &[DeviceTraits],
+    host: &HostTraits,
+) -> Estimate {
+    let traits = |index: usize| devices.get(index).copied().unwrap_or(DeviceTraits::CUDA);
+    let backends: Vec<DeviceTraits> = (0..placement.n_devices()).map(traits).chain([DeviceTraits::HOST]).collect();
+    let cache = CacheShape::of(model, settings);
+    let mut loads = vec![DeviceLoad::default(); backends.len()];
+    let pad = |bytes: u64, backend: usize| {
+        let alignment = backends[backend].alignment_bytes.max(1);
+        bytes.div_ceil(alignment).saturating_mul(alignment)
+    };
+    each_weight(model, placement, host, |bytes, backend| loads[backend].weights_bytes += pad(bytes, backend));
+    for il in 0..model.n_layers_all {
+        let backend = placement.layer_backend(il);
+        for bytes in cache.layer_tensors(model, il) {
+            loads[backend].cache_bytes = loads[backend].cache_bytes.saturating_add(pad(bytes, backend));
+        }
+    }
+    for (load, bytes) in loads.iter_mut().zip(compute_bytes(model, settings, placement, &cache, &backends)) {
+        load.compute_bytes = bytes;
+    }
+    let host = loads.pop().unwrap_or_default();
+    Estimate { devices: loads, host }
+}
+
+/// Calls `add` with the bytes and the place of every tensor that a load reads.
+fn each_weight(model: &ModelShape, placement: &Placement, host: &HostTraits, mut add: impl FnMut(u64, usize)) {
+    for (il, layer) in (0..model.n_layers).zip(&model.layers) {
+        for (name, tensor) in &layer.tensors {
+            add(tensor.bytes, placement.tensor_backend(il, name));
+        }
+    }
+    for (name, tensor) in &model.outside {
+        add(tensor.bytes, placement.outside_backend(name));
+    }
+    if let (true, Some(table)) = (model.is_tied(), model.outside.get("token_embd.weight")) {
+        let on_device = placement.output_backend() < placement.n_devices();
+        if on_device || host.repacked_types.contains(&table.ggml_type) {
+            add(table.bytes, placement.output_backend());
+        }
+    }
+}
+
+fn compute_bytes(
+    model: &ModelShape,
+    settings: &LoadSettings,
+    placement: &Placement,
+    cache: &CacheShape,
+    backends: &[DeviceTraits],
+) -> Vec<u64> {
+    let rounded = settings.rounded(model.causal);
+    let step = Step {
+        n_tokens: rounded.step_tokens,
+        n_sequences: rounded.n_sequences,
+        n_outputs: rounded.n_outputs,
+        flash_attention: settings.flash_attention,
+    };
+    let backends: Vec<Backend> = backends
+        .iter()
+        .map(|traits| Backend {
+            alignment: traits.alignment_bytes.max(1),
+            offload_from_tokens: traits.offload_from_tokens,
+        })
+        .collect();
+    graph::reserve(build(model, placement, cache, step), &backends)
+}
