@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{CallError, LoadError, call};
 use crate::model::{LOADING, model_path};
+use crate::rpc::links_of;
 use crate::{Context, ContextParams, ModelParams, backend, log, sys};
 
 /// Devices that one load can name: llama.cpp's own bound is 16, the host is one more.
@@ -47,10 +48,10 @@ pub struct SimulatedLoad {
 /// # Errors
 /// [`LoadError`] as a real load would give it.
 #[doc(alias = "common_get_device_memory_data")]
-pub fn simulate_load(path: &Path, model: &ModelParams, context: &ContextParams) -> Result<SimulatedLoad, LoadError> {
+pub fn simulate_load(path: &Path, params: &ModelParams, context: &ContextParams) -> Result<SimulatedLoad, LoadError> {
     backend::init();
     let c_path = model_path(path)?;
-    let (raw_model, _devices) = model.raw();
+    let (raw_model, _devices) = params.raw();
     let raw_context = context.raw();
     let _guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
     let mut shape = sys::mnv_model_shape::default();
@@ -61,6 +62,9 @@ pub fn simulate_load(path: &Path, model: &ModelParams, context: &ContextParams) 
     });
     // The simulation swaps the log callback and does not put it back when it fails.
     log::install();
+    if let Some(link) = links_of(&params.devices).iter().find(|link| link.is_lost()) {
+        return Err(LoadError::DeviceLost { address: link.address.clone() });
+    }
     let devices = result.map_err(|error| match (error, log::take_last_error()) {
         (CallError::Exception(_), Some(reason)) => LoadError::Call(CallError::Refused(reason)),
         (error, _) => LoadError::Call(error),

@@ -9,7 +9,8 @@ use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{CallError, LoadError, call};
-use crate::{ModelParams, backend, sys};
+use crate::rpc::{Link, links_of};
+use crate::{ModelParams, backend, log, sys};
 
 /// Loads are one at a time: a simulated load replaces the process-wide log callback, and the last error line of the log
 /// is the only reason that llama.cpp gives.
@@ -21,6 +22,8 @@ pub(crate) static LOADING: Mutex<()> = Mutex::new(());
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     n_vocab: usize,
+    /// The RPC servers that hold a part of it.
+    links: Vec<Arc<Link>>,
 }
 
 // SAFETY: a loaded model is read-only: contexts on other threads read the weights, and llama.h documents the
@@ -34,7 +37,7 @@ impl Model {
     ///
     /// # Errors
     /// [`LoadError::File`] when the file cannot be opened, [`LoadError::Cancelled`] when `progress` stopped the load,
-    /// [`LoadError::Call`] with the last line of llama.cpp's log when the file is not a model it can load.
+    /// [`LoadError::DeviceLost`] when an RPC server went away meanwhile, [`LoadError::Call`] with the last line of llama.cpp's log when the file is not a model it can load.
     #[doc(alias = "llama_model_load_from_file")]
     pub fn load(
         path: &Path,
@@ -49,6 +52,7 @@ impl Model {
         raw_params.progress_callback_user_data = (&raw mut state).cast::<c_void>();
 
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        log::take_last_error(); // of an earlier call: the reason must be this load's
         let mut raw = ptr::null_mut();
         // SAFETY: path, params, the device list and `state` outlive the call; `raw` receives the model.
         let result =
@@ -61,13 +65,26 @@ impl Model {
             }
             return Err(LoadError::Cancelled);
         }
+        let links = links_of(&params.devices);
+        if let Some(link) = links.iter().find(|link| link.is_lost()) {
+            if let Some(raw) = NonNull::new(raw) {
+                // SAFETY: as above.
+                unsafe { sys::llama_model_free(raw.as_ptr()) };
+            }
+            return Err(LoadError::DeviceLost { address: link.address.clone() });
+        }
         result?;
         let raw = NonNull::new(raw).ok_or_else(|| CallError::Refused("no model was returned".into()))?;
         // SAFETY: a live model.
         let vocab = unsafe { sys::llama_model_get_vocab(raw.as_ptr()) };
         // SAFETY: a live model's vocabulary.
         let n_vocab = unsafe { sys::llama_vocab_n_tokens(vocab) };
-        Ok(Arc::new(Self { raw, n_vocab: usize::try_from(n_vocab).unwrap_or(0) }))
+        Ok(Arc::new(Self { raw, n_vocab: usize::try_from(n_vocab).unwrap_or(0), links }))
+    }
+
+    /// The address of an RPC server that held a part of this model and went away: nothing computes on it any more.
+    pub fn lost_server(&self) -> Option<&str> {
+        self.links.iter().find(|link| link.is_lost()).map(|link| link.address.as_str())
     }
 
     pub(crate) fn raw(&self) -> *mut sys::llama_model {

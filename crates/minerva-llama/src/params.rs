@@ -27,7 +27,7 @@ impl ModelParams {
     /// The C struct and the null-terminated device list that it points to.
     pub(crate) fn raw(&self) -> (sys::llama_model_params, Vec<sys::ggml_backend_dev_t>) {
         backend::init();
-        let n_devices = backend::devices().len();
+        let n_devices = backend::n_devices();
         let mut devices: Vec<_> =
             self.devices.iter().filter(|&&index| index < n_devices).map(|&index| backend::raw_device(index)).collect();
         devices.push(ptr::null_mut());
