@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use minerva_gpu::DeviceChoice;
+use minerva_llama::RpcServer;
 use serde::{Deserialize, Serialize};
 
 /// How to load a model and how much of the machine to give it. Fields that are `None` are chosen by the engine.
@@ -15,6 +16,8 @@ pub struct EngineConfig {
     pub model_name: Option<String>,
     /// Where to run.
     pub device: DeviceChoice,
+    /// RPC servers whose devices take layers too, beside the GPU if there is one. One that does not answer is an error.
+    pub rpc_servers: Vec<RpcServer>,
     /// Layers on the GPU; never more than the model has.
     pub n_gpu_layers: Option<u32>,
     /// Run on the CPU when the GPU has no room, instead of failing.
@@ -61,6 +64,7 @@ impl Default for EngineConfig {
             model_path: PathBuf::new(),
             model_name: None,
             device: DeviceChoice::Auto,
+            rpc_servers: Vec::new(),
             n_gpu_layers: None,
             fallback_to_cpu: true,
             memory_limit_bytes: None,

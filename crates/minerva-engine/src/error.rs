@@ -67,6 +67,9 @@ pub enum LoadError {
     /// The device that was asked for cannot be used.
     #[error(transparent)]
     Device(#[from] minerva_gpu::GpuError),
+    /// An RPC server cannot be used.
+    #[error(transparent)]
+    Rpc(#[from] minerva_llama::RpcError),
     /// llama.cpp could not load the model.
     #[error("cannot load the model")]
     Llama(#[from] minerva_llama::LoadError),

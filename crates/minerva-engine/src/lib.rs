@@ -41,6 +41,8 @@ pub use engine::Engine;
 pub use error::{LoadError, RequestError};
 pub use event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
 pub use intake::MAX_LOGPROBS;
+/// The other end of [`EngineConfig::rpc_servers`].
+pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
 pub use request::{ChatMessage, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplingParams};
 pub use sim::SimConfig;

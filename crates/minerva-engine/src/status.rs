@@ -34,7 +34,7 @@ pub struct ModelInfo {
 /// Where the model runs, how much memory that takes, and why it is so.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Placement {
-    /// `Cpu`, `Cuda` or `Metal`.
+    /// `Cpu`, `Cuda` or `Metal`; `Rpc` when all layers that are not on the CPU are on RPC servers.
     pub device: String,
     /// The device's own name.
     pub device_name: String,

@@ -71,6 +71,14 @@ int mnv_chat_apply(const struct mnv_chat * chat, const char * request, char ** o
 // Parses a model's answer. `syntax` is what mnv_chat_apply returned; `out` receives the message as OpenAI's JSON.
 int mnv_chat_parse(const char * syntax, const char * text, bool is_partial, char ** out, struct mnv_error * error);
 
+// `add_server` is ggml's function of this name. `out` receives the server's devices, or null when it has none. The connection
+// stays open for good. A server that cannot be reached ends the process: connect to it first.
+int mnv_rpc_add(void * add_server, const char * endpoint, ggml_backend_reg_t * out, struct mnv_error * error);
+
+// `start_server` is ggml's function of this name. Returns when the server cannot listen or accept, or ran out of memory.
+int mnv_rpc_serve(void * start_server, const char * endpoint, size_t n_threads, size_t n_devices, ggml_backend_dev_t * devices,
+                  struct mnv_error * error);
+
 void mnv_string_free(char * string);
 
 #ifdef __cplusplus

@@ -2,11 +2,11 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::mem;
-use std::sync::Once;
+use std::sync::{Once, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{log, sys};
+use crate::{log, rpc, sys};
 
 /// What kind of device ggml says it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +29,7 @@ pub struct Device {
     pub index: usize,
     /// ggml's name, such as `CUDA0` or `CPU`.
     pub name: String,
-    /// The hardware's name.
+    /// The hardware's name; the address of an RPC server.
     pub description: String,
     /// What it is.
     pub kind: DeviceKind,
@@ -64,12 +64,20 @@ fn load_backend_modules() {
     }
 }
 
+/// Over ggml's lists of backends and devices, which have no lock of their own: held for writing while devices are added.
+pub(crate) static REGISTRY: RwLock<()> = RwLock::new(());
+
 /// Every device, in llama.cpp's order.
 pub fn devices() -> Vec<Device> {
+    (0..n_devices()).map(device).collect()
+}
+
+/// How many devices there are. The number only grows.
+pub(crate) fn n_devices() -> usize {
     init();
+    let _registry = REGISTRY.read().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: no preconditions after `init`.
-    let n = unsafe { sys::ggml_backend_dev_count() };
-    (0..n).map(device).collect()
+    unsafe { sys::ggml_backend_dev_count() }
 }
 
 fn device(index: usize) -> Device {
@@ -88,17 +96,21 @@ fn device(index: usize) -> Device {
         index,
         // SAFETY: as above.
         name: text(unsafe { sys::ggml_backend_dev_name(raw) }),
-        // SAFETY: as above.
-        description: text(unsafe { sys::ggml_backend_dev_description(raw) }),
+        description: match rpc::links_of(&[index]).first() {
+            Some(link) => link.address.clone(), // ggml knows the relay's address only
+            // SAFETY: as above.
+            None => text(unsafe { sys::ggml_backend_dev_description(raw) }),
+        },
         kind,
         free_bytes: free as u64,
         total_bytes: total as u64,
     }
 }
 
-/// ggml's device at `index`, which must be below `ggml_backend_dev_count`.
+/// ggml's device at `index`, which must be below [`n_devices`].
 pub(crate) fn raw_device(index: usize) -> sys::ggml_backend_dev_t {
-    // SAFETY: `init` ran, and callers take `index` from `devices`.
+    let _registry = REGISTRY.read().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: `init` ran, and callers keep `index` below `n_devices`.
     unsafe { sys::ggml_backend_dev_get(index) }
 }
 
@@ -132,6 +144,7 @@ pub fn cpu_features() -> Vec<String> {
 }
 
 fn cpu_registry() -> Option<sys::ggml_backend_reg_t> {
+    let _registry = REGISTRY.read().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: no preconditions after `init`; null when the build has no CPU backend.
     let device = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
     if device.is_null() {

@@ -34,15 +34,24 @@ impl Context {
     /// Makes a context with thread pools of its own.
     ///
     /// # Errors
-    /// [`LoadError::Call`] when memory for cells or buffers is missing, or the parameters do not fit the model.
+    /// [`LoadError::DeviceLost`] when an RPC server went away, [`LoadError::Call`] when memory for cells or buffers is missing, or the parameters do not fit the model.
     #[doc(alias = "llama_init_from_model")]
     pub fn new(model: &Arc<Model>, params: &ContextParams) -> Result<Self, LoadError> {
         let raw_params = params.raw();
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut raw = ptr::null_mut();
         // SAFETY: a live model and live parameters; `raw` receives the context.
-        call(|error| unsafe { sys::mnv_context_new(model.raw(), &raw const raw_params, &raw mut raw, error) })?;
+        let result =
+            call(|error| unsafe { sys::mnv_context_new(model.raw(), &raw const raw_params, &raw mut raw, error) });
         drop(guard);
+        if let Some(address) = model.lost_server() {
+            if !raw.is_null() {
+                // SAFETY: a context that was just made and is used nowhere else.
+                unsafe { sys::llama_free(raw) };
+            }
+            return Err(LoadError::DeviceLost { address: address.to_owned() });
+        }
+        result?;
         let raw = NonNull::new(raw).ok_or_else(|| CallError::Refused("no context was returned".into()))?;
         let mut context = Self {
             raw,
@@ -92,15 +101,20 @@ impl Context {
         if n_tokens == 0 {
             return Ok(());
         }
+        self.check_servers()?;
         let raw_batch = batch.raw();
         let mut code = 0;
         // SAFETY: `raw_batch` points into `batch`, which is borrowed for the call, and was checked token by token.
         call(|error| unsafe { sys::mnv_decode(self.raw.as_ptr(), &raw const raw_batch, &raw mut code, error) })?;
+        if code != 0 {
+            self.check_servers()?; // the better reason
+        }
         let reason = || log::take_last_error().unwrap_or_else(|| "no reason in its log".into());
         match code {
             0 => {
                 // SAFETY: a live context. Waits for devices that compute in the background, under the shim's guard.
                 call(|error| unsafe { sys::mnv_synchronize(self.raw.as_ptr(), error) })?;
+                self.check_servers()?; // after the wait: what a lost server did not send reads as zeros
                 self.outputs.extend_from_slice(batch.outputs());
                 Ok(())
             }
@@ -108,6 +122,13 @@ impl Context {
             2 => Err(DecodeError::Aborted { n_tokens }),
             -1 => Err(DecodeError::InvalidBatch { n_tokens, reason: reason() }),
             code => Err(DecodeError::Failed { n_tokens, code, reason: reason() }),
+        }
+    }
+
+    fn check_servers(&self) -> Result<(), DecodeError> {
+        match self.model.lost_server() {
+            None => Ok(()),
+            Some(address) => Err(DecodeError::DeviceLost { address: address.to_owned() }),
         }
     }
 

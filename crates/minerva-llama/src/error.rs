@@ -39,6 +39,12 @@ pub enum LoadError {
     /// The progress callback asked to stop.
     #[error("loading was cancelled")]
     Cancelled,
+    /// An RPC server that was to hold a part of the model went away.
+    #[error("the RPC server {address} was lost")]
+    DeviceLost {
+        /// As it was given.
+        address: String,
+    },
     /// llama.cpp failed.
     #[error(transparent)]
     Call(#[from] CallError),
@@ -77,6 +83,12 @@ pub enum DecodeError {
         code: i32,
         /// What its log said.
         reason: String,
+    },
+    /// An RPC server that holds a part of the model went away. Nothing computes on this model any more.
+    #[error("the RPC server {address} was lost, and the part of the model that it held")]
+    DeviceLost {
+        /// As it was given.
+        address: String,
     },
     /// An exception was caught. Part of the batch may be in the cache: drop its sequences.
     #[error(transparent)]

@@ -9,7 +9,8 @@
 //! what, and the upgrade checklist of the pin.
 //!
 //! # What can still end the process
-//! A `GGML_ASSERT` inside llama.cpp and a failed allocation inside a GPU computation call `abort()`.
+//! A `GGML_ASSERT` inside llama.cpp and a failed allocation inside a GPU computation call `abort()`. An RPC server that goes
+//! away does not: [`add_rpc_server`].
 
 pub mod sys;
 
@@ -22,6 +23,7 @@ mod log;
 mod memory;
 mod model;
 mod params;
+mod rpc;
 mod simulation;
 mod threads;
 mod vocab;
@@ -36,6 +38,7 @@ pub use error::{BatchError, CallError, DecodeError, LoadError};
 pub use memory::DeviceBytes;
 pub use model::Model;
 pub use params::{ContextParams, FlashAttention, KvType, ModelParams};
+pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_server, has_rpc, serve_rpc};
 pub use simulation::Simulation;
 pub use threads::ThreadPool;
 pub use vocab::Token;

@@ -61,7 +61,10 @@ fn emit(pending: &mut Pending, line: &str) {
         _ if line.is_empty() => {}
         sys::GGML_LOG_LEVEL_ERROR => {
             tracing::error!(target: "llama.cpp", "{line}");
-            pending.last_error = Some(line.to_owned());
+            // llama.cpp ends a failed load with a line that says no more than that; the one before it has the reason.
+            if pending.last_error.is_none() || !line.ends_with("failed to load model") {
+                pending.last_error = Some(line.to_owned());
+            }
         }
         sys::GGML_LOG_LEVEL_WARN => tracing::warn!(target: "llama.cpp", "{line}"),
         sys::GGML_LOG_LEVEL_INFO => tracing::info!(target: "llama.cpp", "{line}"),

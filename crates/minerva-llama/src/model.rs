@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{CallError, LoadError, call};
 use crate::params::RawModelParams;
-use crate::{ModelParams, backend, sys};
+use crate::rpc::{Link, links_of};
+use crate::{ModelParams, backend, log, sys};
 
 /// Loads are one at a time: a simulated load replaces the process-wide log callback, and the last error line of the log
 /// is the only reason that llama.cpp gives.
@@ -22,6 +23,8 @@ pub(crate) static LOADING: Mutex<()> = Mutex::new(());
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     n_vocab: usize,
+    /// The RPC servers that hold a part of it.
+    links: Vec<Arc<Link>>,
 }
 
 // SAFETY: a loaded model is read-only: contexts on other threads read the weights, and llama.h documents the
@@ -35,18 +38,28 @@ impl Model {
     ///
     /// # Errors
     /// [`LoadError::File`] when the file cannot be opened, [`LoadError::Cancelled`] when `progress` stopped the load,
-    /// [`LoadError::Call`] with the last line of llama.cpp's log when the file is not a model it can load.
+    /// [`LoadError::DeviceLost`] when an RPC server went away meanwhile, [`LoadError::Call`] with the last line of
+    /// llama.cpp's log when the file is not a model it can load.
     #[doc(alias = "llama_model_load_from_file")]
     pub fn load(
         path: &Path,
         params: &ModelParams,
         progress: &mut dyn FnMut(f32) -> ControlFlow<()>,
     ) -> Result<Arc<Self>, LoadError> {
-        Self::load_with(path, params.raw(), progress)
+        Self::load_raw(path, params, params.raw(), progress)
     }
 
-    pub(crate) fn load_with(
+    /// Reads the header and places every tensor, but makes no room for it: only its contexts' sizes can be asked for.
+    pub(crate) fn load_without_weights(path: &Path, params: &ModelParams) -> Result<Arc<Self>, LoadError> {
+        let mut raw = params.raw();
+        raw.params.no_alloc = true;
+        raw.params.load_mode = sys::LLAMA_LOAD_MODE_NONE; // a mapping of the file is an allocation
+        Self::load_raw(path, params, raw, &mut |_| ControlFlow::Continue(()))
+    }
+
+    fn load_raw(
         path: &Path,
+        params: &ModelParams,
         mut raw: RawModelParams,
         progress: &mut dyn FnMut(f32) -> ControlFlow<()>,
     ) -> Result<Arc<Self>, LoadError> {
@@ -57,6 +70,7 @@ impl Model {
         raw_params.progress_callback_user_data = (&raw mut state).cast::<c_void>();
 
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        log::take_last_error(); // of an earlier call: the reason must be this load's
         let mut raw = ptr::null_mut();
         // SAFETY: path, params, what they point to and `state` outlive the call; `raw` receives the model.
         let result =
@@ -69,13 +83,26 @@ impl Model {
             }
             return Err(LoadError::Cancelled);
         }
+        let links = links_of(&params.devices);
+        if let Some(link) = links.iter().find(|link| link.is_lost()) {
+            if let Some(raw) = NonNull::new(raw) {
+                // SAFETY: as above.
+                unsafe { sys::llama_model_free(raw.as_ptr()) };
+            }
+            return Err(LoadError::DeviceLost { address: link.address.clone() });
+        }
         result?;
         let raw = NonNull::new(raw).ok_or_else(|| CallError::Refused("no model was returned".into()))?;
         // SAFETY: a live model.
         let vocab = unsafe { sys::llama_model_get_vocab(raw.as_ptr()) };
         // SAFETY: a live model's vocabulary.
         let n_vocab = unsafe { sys::llama_vocab_n_tokens(vocab) };
-        Ok(Arc::new(Self { raw, n_vocab: usize::try_from(n_vocab).unwrap_or(0) }))
+        Ok(Arc::new(Self { raw, n_vocab: usize::try_from(n_vocab).unwrap_or(0), links }))
+    }
+
+    /// The address of an RPC server that held a part of this model and went away: nothing computes on it any more.
+    pub fn lost_server(&self) -> Option<&str> {
+        self.links.iter().find(|link| link.is_lost()).map(|link| link.address.as_str())
     }
 
     pub(crate) fn raw(&self) -> *mut sys::llama_model {

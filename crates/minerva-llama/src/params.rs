@@ -50,7 +50,7 @@ const MAX_DEVICES: usize = 128;
 impl ModelParams {
     pub(crate) fn raw(&self) -> RawModelParams {
         backend::init();
-        let n_devices = backend::devices().len();
+        let n_devices = backend::n_devices();
         let mut devices: Vec<_> =
             self.devices.iter().filter(|&&index| index < n_devices).map(|&index| backend::raw_device(index)).collect();
         devices.push(ptr::null_mut());

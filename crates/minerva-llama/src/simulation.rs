@@ -1,11 +1,10 @@
 //! A load that allocates nothing: exact bytes per device, before the real one.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::LoadError;
-use crate::{Context, ContextParams, DeviceBytes, Model, ModelParams, backend, sys};
+use crate::{Context, ContextParams, DeviceBytes, Model, ModelParams, backend};
 
 /// llama.cpp's name for what lies in the system's memory.
 const HOST: &str = "Host";
@@ -23,10 +22,7 @@ impl Simulation {
     /// # Errors
     /// As [`Model::load`].
     pub fn load(path: &Path, params: &ModelParams) -> Result<Self, LoadError> {
-        let mut raw = params.raw();
-        raw.params.no_alloc = true;
-        raw.params.load_mode = sys::LLAMA_LOAD_MODE_NONE; // a mapping of the file is an allocation
-        let model = Model::load_with(path, raw, &mut |_| ControlFlow::Continue(()))?;
+        let model = Model::load_without_weights(path, params)?;
         let all = backend::devices();
         let devices = params.devices.iter().filter_map(|&index| Some(all.get(index)?.name.clone())).collect();
         Ok(Self { model, devices })

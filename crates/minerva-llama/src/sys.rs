@@ -2,7 +2,7 @@
 
 #![allow(missing_docs, non_camel_case_types, reason = "C names, documented in llama.h and shim/shim.h")]
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 
 pub use llama_cpp_sys_2::*;
 
@@ -127,6 +127,20 @@ unsafe extern "C" {
         text: *const c_char,
         is_partial: bool,
         out: *mut *mut c_char,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_rpc_add(
+        add_server: *mut c_void,
+        endpoint: *const c_char,
+        out: *mut ggml_backend_reg_t,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_rpc_serve(
+        start_server: *mut c_void,
+        endpoint: *const c_char,
+        n_threads: usize,
+        n_devices: usize,
+        devices: *mut ggml_backend_dev_t,
         error: *mut mnv_error,
     ) -> c_int;
     pub fn mnv_string_free(string: *mut c_char);

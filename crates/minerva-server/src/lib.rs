@@ -23,6 +23,7 @@ mod load;
 mod logging;
 mod metrics;
 pub mod program;
+mod rpc_worker;
 mod server;
 mod shutdown;
 mod sse;

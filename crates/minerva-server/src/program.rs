@@ -1,4 +1,5 @@
-//! What the two binaries do: read the configuration, then serve, or print something and exit.
+//! What the two binaries do: read the configuration, then serve, or print something and exit. `minerva rpc-worker` is in
+//! [`rpc_worker`](crate::rpc_worker).
 //!
 //! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed, 2 for a configuration that cannot be used,
 //! 130 or 143 for a second signal.
@@ -16,13 +17,16 @@ use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Progr
 use crate::load::{Load, Source};
 use crate::server::Server;
 use crate::shutdown::{Signals, end_now};
-use crate::{limits, logging};
+use crate::{limits, logging, rpc_worker};
 
 /// How long a load may take to notice that it was cancelled.
 const CANCEL_TIME: Duration = Duration::from_secs(2);
 
 /// Runs `program` with the process's arguments and environment.
 pub fn run(program: Program) -> ExitCode {
+    if program == Program::Minerva && std::env::args_os().nth(1).is_some_and(|command| command == config::RPC_WORKER) {
+        return rpc_worker::run();
+    }
     match invoke(program) {
         Ok(code) => code,
         Err(ConfigError::CommandLine(text)) => {

@@ -47,19 +47,28 @@ struct Sizes {
 /// Plans for the device that the configuration asks for.
 pub(crate) fn plan(config: &EngineConfig, build: BuildBackends) -> Result<Plan, LoadError> {
     check_kv_types(config)?;
+    let mut rpc = Vec::new();
+    for server in &config.rpc_servers {
+        rpc.extend(minerva_llama::add_rpc_server(server)?);
+    }
     let mut gpu = GpuContext::with_options(GpuOptions {
         choice: config.device,
         build,
         memory_limit_bytes: config.memory_limit_bytes,
     })?;
-    if let Some(reason) = gpu.fallback_reason() {
+    if let Some(reason) = gpu.fallback_reason().filter(|_| rpc.is_empty()) {
         tracing::warn!("{reason}, falling back to CPU");
     }
     let estimate = gpu.initialize_for_inference()?;
-    if gpu.detect_device() == GpuDevice::Cpu {
+    let mut rooms = Vec::new();
+    if gpu.detect_device() != GpuDevice::Cpu {
+        rooms.push(Room::local(gpu.device(), &estimate)?);
+    }
+    rooms.extend(minerva_llama::devices().iter().filter(|device| rpc.contains(&device.index)).map(Room::rpc));
+    if rooms.is_empty() {
         return plan_on_cpu(config, &gpu, &estimate);
     }
-    match plan_on_gpu(config, &gpu, &estimate) {
+    match plan_on_gpu(config, &gpu, &estimate, &rooms) {
         Err(error @ LoadError::OutOfMemory { .. }) if config.fallback_to_cpu => {
             tracing::error!("{error}");
             tracing::warn!("GPU OOM, falling back to CPU");
@@ -102,30 +111,67 @@ fn plan_on_cpu(config: &EngineConfig, gpu: &GpuContext, estimate: &MemoryEstimat
     Ok(draft.plan(&taken, gpu.device(), estimate, reason))
 }
 
-fn plan_on_gpu(config: &EngineConfig, gpu: &GpuContext, estimate: &MemoryEstimate) -> Result<Plan, LoadError> {
+/// A device that takes layers, and how much of it may be used.
+struct Room {
+    index: usize,
+    name: String,
+    /// For RPC devices: whose they are.
+    address: Option<String>,
+    budget_bytes: u64,
+}
+
+impl Room {
+    fn local(device: &DeviceInfo, estimate: &MemoryEstimate) -> Result<Self, LoadError> {
+        let index = llama_device(device).ok_or_else(|| LoadError::Setting {
+            name: "gpu",
+            problem: format!("llama.cpp does not see {}", device.name),
+        })?;
+        let name = minerva_llama::devices().swap_remove(index).name;
+        Ok(Self { index, name, address: None, budget_bytes: estimate.budget_bytes })
+    }
+
+    /// The size that llama.cpp reports is already cut down to the limit of the server's entry.
+    fn rpc(device: &minerva_llama::Device) -> Self {
+        let (name, address) = (device.name.clone(), Some(device.description.clone()));
+        Self { index: device.index, name, address, budget_bytes: device.free_bytes }
+    }
+
+    fn is_overfull(&self, taken: &SimulatedLoad) -> bool {
+        taken.devices.iter().any(|device| device.device == self.name && total(device) > self.budget_bytes)
+    }
+}
+
+fn plan_on_gpu(
+    config: &EngineConfig,
+    gpu: &GpuContext,
+    estimate: &MemoryEstimate,
+    rooms: &[Room],
+) -> Result<Plan, LoadError> {
     let device = gpu.device();
-    let index = llama_device(device).ok_or_else(|| LoadError::Setting {
-        name: "gpu",
-        problem: format!("llama.cpp does not see {}", device.name),
-    })?;
-    let model = ModelParams { devices: vec![index], n_gpu_layers: u32::MAX, ..model_params(config) };
+    let is_too_much = |taken: &SimulatedLoad| rooms.iter().any(|room| room.is_overfull(taken));
+    let limit_bytes = if rooms.iter().all(|room| room.address.is_none()) {
+        estimate.limit_bytes
+    } else {
+        rooms.iter().map(|room| room.budget_bytes).sum()
+    };
+    let indices = rooms.iter().map(|room| room.index).collect();
+    let model = ModelParams { devices: indices, n_gpu_layers: u32::MAX, ..model_params(config) };
     let mut draft = Draft::new(config, gpu, model)?;
     let all_layers = draft.n_layers + 1; // the output layer counts
     let wanted = config.n_gpu_layers.unwrap_or(all_layers).min(all_layers);
     draft.model.n_gpu_layers = wanted;
     let mut taken = draft.simulate()?;
-    while device_bytes(&taken) > estimate.budget_bytes && draft.shrink() {
+    while is_too_much(&taken) && draft.shrink() {
         taken = draft.simulate()?;
     }
     let mut reason = match config.n_gpu_layers {
         Some(n) if n < all_layers => format!("{n} layers were asked for"),
         _ => "all layers fit".to_owned(),
     };
-    if device_bytes(&taken) > estimate.budget_bytes {
+    if is_too_much(&taken) {
         let over = device_bytes(&taken);
         let used_bytes = estimate.total_bytes.saturating_sub(estimate.free_bytes);
-        let out =
-            LoadError::OutOfMemory { what: "GPU", needed_bytes: over, used_bytes, limit_bytes: estimate.limit_bytes };
+        let out = LoadError::OutOfMemory { what: "GPU", needed_bytes: over, used_bytes, limit_bytes };
         if config.n_gpu_layers.is_some() && !config.fallback_to_cpu {
             return Err(out);
         }
@@ -134,16 +180,25 @@ fn plan_on_gpu(config: &EngineConfig, gpu: &GpuContext, estimate: &MemoryEstimat
         while too_many - fits > 1 {
             let middle = u32::midpoint(fits, too_many);
             draft.model.n_gpu_layers = middle;
-            if device_bytes(&draft.simulate()?) > estimate.budget_bytes { too_many = middle } else { fits = middle }
+            if is_too_much(&draft.simulate()?) { too_many = middle } else { fits = middle }
         }
         if fits == 0 {
             return Err(out);
         }
         draft.model.n_gpu_layers = fits;
         taken = draft.simulate()?;
-        reason = format!("{wanted} layers need {over} bytes, the limit is {} bytes", estimate.limit_bytes);
+        reason = format!("{wanted} layers need {over} bytes, the limit is {limit_bytes} bytes");
     }
-    Ok(draft.plan(&taken, device, estimate, reason))
+    let mut reasons = vec![reason];
+    reasons.extend(rooms.iter().filter_map(|room| Some(format!("{} is {}", room.name, room.address.as_ref()?))));
+    let mut plan = draft.plan(&taken, device, estimate, reasons.join("; "));
+    let placement = &mut plan.placement;
+    placement.limit_bytes = limit_bytes;
+    if rooms.iter().all(|room| room.address.is_some()) {
+        "Rpc".clone_into(&mut placement.device);
+        placement.device_name = rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>().join(", ");
+    }
+    Ok(plan)
 }
 
 /// llama.cpp's index of the device: CUDA numbers as the process sees them, one device otherwise.
@@ -347,7 +402,7 @@ fn weights_bytes(taken: &SimulatedLoad) -> u64 {
     taken.devices.last().map_or(0, |host| host.weights_bytes)
 }
 
-/// Bytes on the one GPU of a plan: every entry but the host, which is the last.
+/// Bytes on the devices of a plan: every entry but the host, which is the last.
 fn device_bytes(taken: &SimulatedLoad) -> u64 {
     taken.devices.iter().rev().skip(1).map(total).sum()
 }

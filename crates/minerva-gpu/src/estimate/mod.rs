@@ -54,13 +54,18 @@ pub struct DeviceTraits {
     pub alignment_bytes: u64,
     /// From this many tokens on the device fetches weights that lie on the host instead of leaving the work there.
     pub offload_from_tokens: Option<u64>,
+    /// Computes while the host goes on: several such devices that hold a whole model work on several steps at once, and
+    /// llama.cpp keeps four copies of what goes in.
+    pub pipelines: bool,
 }
 
 impl DeviceTraits {
-    /// The host (`TENSOR_ALIGNMENT` in ggml-impl.h), and a server that lends its own.
-    pub const HOST: Self = Self { alignment_bytes: 32, offload_from_tokens: None };
+    /// The host (`TENSOR_ALIGNMENT` in ggml-impl.h).
+    pub const HOST: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: false };
+    /// A server that lends its own memory (ggml-rpc.cpp).
+    pub const RPC: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: true };
     /// An NVIDIA device (ggml-cuda.cu).
-    pub const CUDA: Self = Self { alignment_bytes: 128, offload_from_tokens: Some(32) };
+    pub const CUDA: Self = Self { alignment_bytes: 128, offload_from_tokens: Some(32), pipelines: true };
 }
 
 /// What the host does with weights.
@@ -161,6 +166,11 @@ fn compute_bytes(
         n_outputs: rounded.n_outputs,
         flash_attention: settings.flash_attention,
     };
+    let devices = &backends[..placement.n_devices()];
+    let pipelined = devices.len() > 1
+        && placement.is_full_offload()
+        && placement.expert_layers_on_host().is_empty()
+        && devices.iter().all(|device| device.pipelines);
     let backends: Vec<Backend> = backends
         .iter()
         .map(|traits| Backend {
@@ -168,5 +178,5 @@ fn compute_bytes(
             offload_from_tokens: traits.offload_from_tokens,
         })
         .collect();
-    graph::reserve(build(model, placement, cache, step), &backends)
+    graph::reserve(build(model, placement, cache, step), &backends, pipelined)
 }

@@ -173,7 +173,14 @@ impl ModelShape {
 
     /// Whether the output layer is the token table.
     pub(super) fn is_tied(&self) -> bool {
-        !self.outside.contains_key("output.weight") && self.outside.contains_key("token_embd.weight")
+        self.has_output()
+            && !self.outside.contains_key("output.weight")
+            && self.outside.contains_key("token_embd.weight")
+    }
+
+    /// Encoders end with their last layer.
+    pub(super) fn has_output(&self) -> bool {
+        self.memory != Memory::None || self.outside.contains_key("output_norm.weight")
     }
 
     /// Layers that attend, with keys and values of their own.

@@ -18,6 +18,9 @@ pub enum Program {
     Minerva,
 }
 
+/// The subcommand that is no server: [`rpc_worker`](crate::rpc_worker) reads its arguments, which share names with settings.
+pub(crate) const RPC_WORKER: &str = "rpc-worker";
+
 /// What the command line asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Action {
@@ -63,6 +66,10 @@ impl Invocation {
         let mut action = Action::Serve;
         let mut matches = &matches;
         if let Some((name, inner)) = matches.subcommand() {
+            if name == RPC_WORKER {
+                let text = "`rpc-worker` has flags of its own and comes first: see `minerva rpc-worker --help`";
+                return Err(command(program).error(clap::error::ErrorKind::ArgumentConflict, text).into());
+            }
             if name == "config" {
                 action = Action::Config(match (inner.get_flag("json"), inner.get_flag("markdown")) {
                     (true, _) => ReportFormat::Json,
@@ -119,6 +126,7 @@ fn command(program: Program) -> Command {
         command = command.subcommand(Command::new("serve").about("Serve; the same as no subcommand")).subcommand(
             Command::new("config").about("Print each setting's value and where it came from").args([json, markdown]),
         );
+        command = command.subcommand(Command::new(RPC_WORKER).about("Lend this machine's devices to another Minerva"));
     }
     command
 }
@@ -240,6 +248,11 @@ mod tests {
         assert_eq!((before.action, before.values.len()), (Action::Config(ReportFormat::Json), 1));
         let after = parse("minerva serve --port 1").unwrap();
         assert_eq!((after.action, after.values.len()), (Action::Serve, 1));
+    }
+
+    #[test]
+    fn the_flags_of_the_server_are_not_for_the_rpc_worker() {
+        assert!(parse("minerva --port 1 rpc-worker").unwrap_err().to_string().contains("comes first"));
     }
 
     #[test]

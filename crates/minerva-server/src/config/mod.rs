@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
+pub(crate) use cli::RPC_WORKER;
 pub use cli::{Action, Invocation, Program, ReportFormat};
 pub use report::{Report, reference};
 pub use settings::{SETTINGS, Setting};

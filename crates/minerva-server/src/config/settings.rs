@@ -163,6 +163,12 @@ pub static SETTINGS: &[Setting] = &[
         80 % of a CUDA device, half of the system's memory with Metal, a quarter of it on the CPU."),
     setting("gpu.fallback_to_cpu", "MINERVA_CPU_FALLBACK", "cpu-fallback", Kind::Bool, Initial::Bool(true),
         "Run on the CPU when the GPU has no room for the model, instead of exiting.").off("no-fallback"),
+    setting("gpu.rpc_servers", "MINERVA_RPC", "rpc", Kind::List { secret: false }, Initial::Empty,
+        "RPC servers (`minerva rpc-worker` on other machines) that take layers of the model like GPUs: `host:port`, or \
+        `host:port=24gb` to use no more than that of each of its devices. See docs/rpc.md."),
+    setting("gpu.rpc_insecure", "MINERVA_RPC_INSECURE", "rpc-insecure", Kind::Bool, Initial::Bool(false),
+        "Use RPC servers on other machines. llama.cpp's RPC has neither authentication nor encryption: whoever is on the \
+        network between can read and change prompts and answers."),
     // Speed and memory.
     setting("performance.threads", "MINERVA_GPU_THREADS", "threads", Kind::Uint { min: 1, max: 1_024, words: AUTO_OR_MINUS_ONE },
         Initial::Unset,

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use minerva_engine::{EngineConfig, FlashAttention, KvType};
+use minerva_engine::{EngineConfig, FlashAttention, KvType, RpcServer};
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +42,8 @@ pub struct GpuSettings {
     /// In bytes here, whatever the unit it was written in.
     pub max_memory_mb: Option<u64>,
     pub fallback_to_cpu: bool,
+    pub rpc_servers: Vec<String>,
+    pub rpc_insecure: bool,
 }
 
 /// How fast, and with how much memory.
@@ -170,7 +172,8 @@ impl Config {
     /// What the engine is told.
     ///
     /// # Errors
-    /// No model, an unreadable chat template file, or a device that cannot be.
+    /// No model, an unreadable chat template file, a device that cannot be, or an RPC server on another machine without
+    /// the consent to it.
     pub fn engine(&self) -> Result<EngineConfig, ConfigError> {
         let Some(path) = &self.model.path else {
             return Err(ConfigError::Conflict(
@@ -188,6 +191,7 @@ impl Config {
             model_path: path.clone(),
             model_name: self.model.name.clone(),
             device: self.device()?,
+            rpc_servers: gpu.rpc_servers()?,
             n_gpu_layers: gpu.layers_to_gpu,
             fallback_to_cpu: gpu.fallback_to_cpu,
             memory_limit_bytes: gpu.max_memory_mb,
@@ -239,6 +243,35 @@ impl GpuSettings {
             }
         }
     }
+
+    fn rpc_servers(&self) -> Result<Vec<RpcServer>, ConfigError> {
+        let servers: Vec<_> = self.rpc_servers.iter().map(|text| rpc_server(text)).collect::<Result<_, _>>()?;
+        if let Some(server) = servers.iter().find(|server| !server.is_loopback() && !self.rpc_insecure) {
+            return Err(ConfigError::Conflict(format!(
+                "`gpu.rpc_servers` has {}, which is not on this machine, and llama.cpp's RPC has neither authentication nor \
+                encryption: use a tunnel to 127.0.0.1, or say `--rpc-insecure`",
+                server.address
+            )));
+        }
+        Ok(servers)
+    }
+}
+
+/// `host:port` or `host:port=24gb`.
+fn rpc_server(text: &str) -> Result<RpcServer, ConfigError> {
+    let wrong = || ConfigError::Value {
+        place: "`gpu.rpc_servers`".to_owned(),
+        given: format!("`{text}`"),
+        allowed: "`host:port`, or with a memory limit `host:port=24gb`".to_owned(),
+    };
+    let (address, limit) = text.split_once('=').map_or((text, None), |(address, limit)| (address, Some(limit)));
+    let has_port = address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    let memory_limit_bytes = match limit.map(|limit| limit.parse::<u64>().is_err().then_some(limit)) {
+        None => None,
+        Some(None) => return Err(wrong()), // a bare number of bytes is a forgotten unit
+        Some(Some(limit)) => Some(minerva_gpu::parse_bytes(limit).map_err(|_| wrong())?),
+    };
+    if has_port { Ok(RpcServer { address: address.to_owned(), memory_limit_bytes }) } else { Err(wrong()) }
 }
 
 fn read_keys(path: &Path) -> Result<Vec<String>, ConfigError> {
@@ -306,6 +339,22 @@ mod tests {
         assert!(with(&[("MINERVA_HOST", "0.0.0.0"), ("MINERVA_INSECURE", "1")]).address().is_ok());
         assert!(with(&[("MINERVA_HOST", "[::1]")]).address().is_ok());
         assert!(with(&[("MINERVA_HOST", "example.com")]).address().is_err());
+    }
+
+    #[test]
+    fn rpc_servers_have_a_port_may_have_a_limit_and_are_on_this_machine_unless_said_otherwise() {
+        let rpc = |rpc: &str, insecure: &str| {
+            with(&[("MINERVA_MODEL", "a"), ("MINERVA_RPC", rpc), ("MINERVA_RPC_INSECURE", insecure)]).engine()
+        };
+        let servers = rpc("localhost:1, 127.0.0.1:50052=24GiB", "false").unwrap().rpc_servers;
+        assert_eq!(servers[0], RpcServer::new("localhost:1"));
+        assert_eq!((servers[1].address.as_str(), servers[1].memory_limit_bytes), ("127.0.0.1:50052", Some(24 << 30)));
+        assert!(rpc("10.0.0.2:50052", "false").unwrap_err().to_string().contains("neither authentication"));
+        assert_eq!(rpc("10.0.0.2:50052", "true").unwrap().rpc_servers.len(), 1);
+        for wrong in ["localhost", ":1", "localhost:70000", "localhost:1=24", "localhost:1=lots", "localhost:1="] {
+            let problem = rpc(wrong, "true").unwrap_err().to_string();
+            assert!(problem.contains(wrong) && problem.contains("host:port"), "{problem}");
+        }
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The binaries: exit codes, `minerva config`, and what the log never says.
 
-use std::process::Command;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
 
-use crate::client::post;
+use crate::client::{get, post};
 use crate::process::Process;
 
 #[test]
@@ -62,6 +63,67 @@ fn gpu_debug_prints_the_whole_diagnosis_and_a_gpu_that_is_not_there_is_an_error(
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(1) && text.contains("--features cuda"), "{text}");
     }
+}
+
+#[test]
+fn a_worker_on_an_open_address_needs_consent_and_so_does_a_server_that_uses_one_elsewhere() {
+    let run = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_minerva")).args(args).env_clear().output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, text) = run(&["rpc-worker", "--host", "0.0.0.0", "--port", "0"]);
+    assert!(code == Some(1) && text.contains("has no authentication"), "{code:?} {text}");
+    let (code, text) = run(&["--rpc", "192.0.2.1:50052", "-m", "a.gguf"]);
+    assert!(code == Some(2) && text.contains("--rpc-insecure"), "{code:?} {text}");
+    let (code, text) = run(&["rpc-worker", "--device", "CUDA99"]);
+    assert!(code == Some(1) && text.contains("there is no device `CUDA99`"), "{code:?} {text}");
+    let (code, text) = run(&["--rpc", "127.0.0.1:1", "--port", "0", "-m", &model()]);
+    assert!(code == Some(1) && text.contains("cannot connect to the RPC server 127.0.0.1:1"), "{code:?} {text}");
+}
+
+fn model() -> String {
+    std::env::var("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model")
+}
+
+/// With the real model, because the simulator has no layers: some on the worker, the rest here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_with_a_worker_puts_layers_there_and_outlives_it() {
+    let mut worker = Command::new(env!("CARGO_BIN_EXE_minerva"))
+        .args(["rpc-worker", "--port", "0", "--threads", "1"])
+        .env_clear()
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(worker.stderr.take().unwrap()).lines();
+    let address = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.strip_prefix("[INFO] lending devices on ").map(ToOwned::to_owned))
+        .expect("the worker says where it listens");
+    while std::net::TcpStream::connect(&address).is_err() {
+        tokio::time::sleep(Duration::from_millis(5)).await; // it says so just before it does
+    }
+    let (model, rpc) = (model(), format!("{address}=400mb"));
+    let args = ["-m", &model, "--rpc", &rpc, "-ngl", "12", "--ctx", "512", "-np", "1", "-t", "1"];
+    let mut process = Process::start(&args, &[]).await;
+    let status = get(process.address, "/v1/status").await.json();
+    let placement = &status["model"]["placement"];
+    assert_eq!((&placement["device"], &placement["n_gpu_layers"]), (&json!("Rpc"), &json!(12)), "{status}");
+    assert!(placement["reason"].as_str().unwrap().contains(&address), "{status}");
+    let memory = placement["memory"].as_array().unwrap();
+    assert!(memory.iter().all(|device| device["weights_bytes"].as_u64() > Some(10 << 20)), "{status}");
+    let body = r#"{"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}"#;
+    let answer = post(process.address, "/v1/completions", body).await.json();
+    assert!(answer["choices"][0]["text"].as_str().unwrap().contains("Paris"), "{answer}");
+
+    worker.kill().unwrap();
+    worker.wait().unwrap();
+    let answer = post(process.address, "/v1/completions", body).await;
+    assert_eq!(answer.status, 500, "{}", answer.text());
+    process.signal("-TERM");
+    assert_eq!(process.wait(Duration::from_secs(10)).code(), Some(0));
+    let log: Vec<String> = process.log.iter().collect();
+    assert!(log.iter().any(|line| line.contains("the RPC server is lost")), "{log:#?}");
 }
 
 #[test]

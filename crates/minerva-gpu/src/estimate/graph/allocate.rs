@@ -189,23 +189,35 @@ impl Memory {
         offset
     }
 
+    /// Joins the first neighbour in the list, as ggml does: with empty tensors in play there may be more than one.
     fn free(&mut self, offset: u64, bytes: u64) {
-        let next = self.holes.partition_point(|hole| hole.offset < offset);
         let end = offset.saturating_add(bytes);
-        let joins_previous = next > 0 && self.holes[next - 1].offset + self.holes[next - 1].bytes == offset;
-        let joins_next = next < self.holes.len() && self.holes[next].offset == end;
-        match (joins_previous, joins_next) {
-            (true, true) => {
-                self.holes[next - 1].bytes = self.holes[next - 1].bytes.saturating_add(bytes + self.holes[next].bytes);
-                self.holes.remove(next);
+        for index in 0..self.holes.len() {
+            let hole = self.holes[index];
+            if hole.offset + hole.bytes == offset {
+                self.holes[index].bytes += bytes;
+                self.join(index);
+                return;
             }
-            (true, false) => self.holes[next - 1].bytes += bytes,
-            (false, true) => {
-                let hole = &mut self.holes[next];
-                hole.offset = offset;
-                hole.bytes = hole.bytes.saturating_add(bytes);
+            if hole.offset == end {
+                self.holes[index] = Hole { offset, bytes: hole.bytes.saturating_add(bytes) };
+                if index > 0 {
+                    self.join(index - 1);
+                }
+                return;
             }
-            (false, false) => self.holes.insert(next, Hole { offset, bytes }),
+        }
+        let position = self.holes.partition_point(|hole| hole.offset < offset);
+        self.holes.insert(position, Hole { offset, bytes });
+    }
+
+    /// Makes one of two neighbouring holes if they touch.
+    fn join(&mut self, index: usize) {
+        let Some(&next) = self.holes.get(index + 1) else { return };
+        let hole = &mut self.holes[index];
+        if hole.offset + hole.bytes == next.offset {
+            hole.bytes = hole.bytes.saturating_add(next.bytes);
+            self.holes.remove(index + 1);
         }
     }
 }

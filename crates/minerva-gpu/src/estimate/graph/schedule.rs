@@ -16,16 +16,21 @@ pub(crate) struct Backend {
     pub(crate) offload_from_tokens: Option<u64>,
 }
 
-/// Bytes that each backend needs for scratch to run `graph`.
-pub(crate) fn reserve(mut graph: Graph, backends: &[Backend]) -> Vec<u64> {
-    let mut schedule = Schedule { places: vec![None; graph.tensors.len()], backends, host: backends.len() - 1 };
+/// Copies of every input while several devices work on different steps at once (`GGML_SCHED_MAX_COPIES`).
+const PIPELINE_COPIES: usize = 4;
+
+/// Bytes that each backend needs for scratch to run `graph`; with `pipelined`, several steps of it at once.
+pub(crate) fn reserve(mut graph: Graph, backends: &[Backend], pipelined: bool) -> Vec<u64> {
+    let mut schedule =
+        Schedule { places: vec![None; graph.tensors.len()], backends, host: backends.len() - 1, pipelined };
     schedule.place_by_memory(&graph);
     schedule.spread(&graph, true);
     schedule.spread(&graph, false);
     schedule.place_the_rest(&graph);
     let splits = schedule.split(&mut graph);
     let steps = schedule.steps(&mut graph, &splits);
-    let leafs: Vec<Step> = graph.leafs.iter().map(|&tensor| schedule.step(tensor)).collect();
+    let mut leafs = schedule.pipeline_leafs(&mut graph, &splits);
+    leafs.extend(graph.leafs.iter().map(|&tensor| schedule.step(tensor)));
     peak_bytes(&graph, &leafs, &steps, backends)
 }
 
@@ -41,6 +46,7 @@ struct Schedule<'a> {
     places: Vec<Option<usize>>,
     backends: &'a [Backend],
     host: usize,
+    pipelined: bool,
 }
 
 impl Schedule<'_> {
@@ -161,9 +167,35 @@ impl Schedule<'_> {
 
     fn add_copy(&mut self, graph: &mut Graph, source: Id, backend: usize) -> Id {
         let tensor = graph.get(source);
-        let copy = Tensor { strides: tensor.strides, ..Tensor::leaf(tensor.ggml_type, tensor.shape) };
+        // In a pipeline nothing may overwrite a copy before its step is done.
+        let copy = Tensor {
+            strides: tensor.strides,
+            is_input: self.pipelined,
+            is_output: self.pipelined,
+            ..Tensor::leaf(tensor.ggml_type, tensor.shape)
+        };
         self.places.push(Some(backend));
         graph.add(copy)
+    }
+
+    /// In a pipeline every input, and every copy at the start of a split, exists once per step in flight.
+    fn pipeline_leafs(&mut self, graph: &mut Graph, splits: &[Split]) -> Vec<Step> {
+        let mut leafs = Vec::new();
+        if !self.pipelined {
+            return leafs;
+        }
+        let inputs: Vec<Id> = graph.leafs.iter().copied().filter(|&id| graph.get(id).is_input).collect();
+        let copies = splits.iter().flat_map(|split| split.inputs.iter().map(|&(_, copy)| copy));
+        for first in inputs.into_iter().chain(copies) {
+            graph.get_mut(first).is_output = true;
+            leafs.push(self.step(first));
+            let backend = self.step(first).backend;
+            for _ in 1..PIPELINE_COPIES {
+                let copy = self.add_copy(graph, first, backend);
+                leafs.push(self.step(copy));
+            }
+        }
+        leafs
     }
 
     /// The order of execution with the copies in it: each keeps its original alive until it is made.

@@ -40,7 +40,7 @@ struct Inputs {
     output_rows: Option<Id>,
     /// For layers that see everything, and for layers with a window.
     attention: [Option<attention::Input>; 2],
-    state_copies: Option<Id>,
+    states: Option<recurrent::Input>,
     temperature: Option<Id>,
 }
 
@@ -148,7 +148,10 @@ impl<'a> Builder<'a> {
     fn add_inputs(&mut self) {
         let (memory, n_sequences) = (self.model.memory, self.step.n_sequences);
         if memory == Memory::Hybrid || memory == Memory::Recurrent {
-            self.inputs.state_copies = Some(self.graph.input(GgmlType::I32, [n_sequences, 1, 1, 1]));
+            let copies = self.graph.input(GgmlType::I32, [n_sequences, 1, 1, 1]);
+            let main = self.graph.view_1d(copies, n_sequences);
+            let tail = self.graph.view_1d(copies, n_sequences - 1);
+            self.inputs.states = Some(recurrent::Input { copies, main, tail });
         }
         if memory != Memory::Recurrent {
             self.add_attention_inputs();
@@ -176,7 +179,7 @@ impl<'a> Builder<'a> {
         let mut residual = input;
         let mut current = self.mix(il, normed);
         let mut parallel_input = normed;
-        if il + 1 == model.n_layers {
+        if il + 1 == model.n_layers && !self.selects_rows_at_the_end() {
             current = self.output_rows(current);
             residual = self.output_rows(residual);
             if model.is_one_of(&PARALLEL) {
@@ -263,12 +266,17 @@ impl<'a> Builder<'a> {
     }
 
     fn output(&mut self, hidden: Id) {
-        let is_encoder = self.model.memory == Memory::None && !self.model.outside.contains_key("output_norm.weight");
-        if is_encoder {
+        if !self.model.has_output() {
             self.graph.get_mut(hidden).is_output = true;
             self.graph.expand(hidden);
             return;
         }
+        let hidden = if self.selects_rows_at_the_end() {
+            self.graph.get_mut(hidden).is_output = true;
+            self.output_rows(hidden)
+        } else {
+            hidden
+        };
         let (weight, bias) = (self.outside("output_norm.weight"), self.outside("output_norm.bias"));
         let normed = self.norm_with(hidden, weight, bias, None);
         self.graph.get_mut(normed).is_output = true;
@@ -289,6 +297,11 @@ impl<'a> Builder<'a> {
             self.graph.get_mut(last).is_output = true;
         }
         self.graph.expand(last);
+    }
+
+    /// Models that could feed a drafting head keep the whole last hidden state.
+    fn selects_rows_at_the_end(&self) -> bool {
+        self.model.architecture == "gpt-oss"
     }
 
     fn output_rows(&mut self, a: Id) -> Id {

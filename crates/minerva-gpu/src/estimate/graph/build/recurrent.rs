@@ -4,6 +4,16 @@
 use super::{Builder, Home, Id, Op};
 use crate::gguf::GgmlType;
 
+/// Which state each sequence continues.
+#[derive(Clone, Copy)]
+pub(super) struct Input {
+    pub(super) copies: Id,
+    /// Of the step's sequences.
+    pub(super) main: Id,
+    /// Without the first: a scan reads that one from the cache itself.
+    pub(super) tail: Id,
+}
+
 /// A state-space layer's sizes in one step.
 #[derive(Clone, Copy)]
 struct Scan {
@@ -36,7 +46,7 @@ impl Builder<'_> {
     /// `build_rs`: clears what must be cleared and answers the states of the step's sequences.
     fn load_state(&mut self, state: Id) -> Id {
         let [n, n_states, ..] = self.graph.shape(state);
-        let Some(copies) = self.inputs.state_copies else { return state };
+        let Some(Input { copies, .. }) = self.inputs.states else { return state };
         let states = self.prepare_state(state);
         let all = self.graph.get_rows(states, copies);
         let stride = self.graph.get(all).strides[1];
@@ -188,9 +198,7 @@ impl Builder<'_> {
         let d_state = self.model.recurrent.d_state;
         let rows = self.prepare_state(states);
         let viewed = self.graph.reshape(rows, [d_state, scan.head, scan.n_heads, n_sequences]);
-        let Some(copies) = self.inputs.state_copies else { return x };
-        // The state of the first sequence is never gathered: the scan reads the cache itself.
-        let (tail, main) = (self.graph.view_1d(copies, n_sequences - 1), self.graph.view_1d(copies, n_sequences));
+        let Some(Input { main, tail, .. }) = self.inputs.states else { return x };
         let extra = self.graph.get_rows(rows, tail);
         let decay = self.weight(il, "ssm_a").unwrap_or(x);
         let n_out = scan.width * scan.per_sequence * n_sequences + d_state * scan.width * n_sequences;
