@@ -2,11 +2,10 @@
 //!
 //! Source: `llama_vocab::impl::load` and the tokenizers in `llama-vocab.cpp` at our pin.
 
-use std::collections::HashSet;
-
 use super::error::GgufError;
 use super::limits::MAX_TOKEN_BYTES;
 use super::metadata::Metadata;
+use super::unique::UniqueStrings;
 use super::value::{Array, StringArray, Value};
 
 const MODEL: &str = "tokenizer.ggml.model";
@@ -94,13 +93,13 @@ pub(super) fn check(metadata: &Metadata) -> Result<(), GgufError> {
 /// Two tokens of one text abort llama.cpp, which cuts texts at a NUL and names empty ones `[EMPTY_7]`. Long ones overflow its
 /// stack: its tries recurse once per byte.
 fn check_tokens(metadata: &Metadata, tokens: &StringArray) -> Result<(), GgufError> {
-    let mut seen = HashSet::with_capacity(tokens.len());
+    let has_nul = tokens.contains_byte(0);
+    let mut seen = UniqueStrings::with_capacity(tokens.len());
     let mut empty = Vec::new();
-    for (index, token) in tokens.iter().enumerate() {
-        let token = match token.iter().position(|&byte| byte == 0) {
-            Some(end) => &token[..end],
-            None => token,
-        };
+    for (index, mut token) in tokens.iter().enumerate() {
+        if has_nul && let Some(end) = token.iter().position(|&byte| byte == 0) {
+            token = &token[..end];
+        }
         if token.len() > MAX_TOKEN_BYTES {
             return Err(GgufError::TooLarge {
                 field: format!("the length of token {index} in `{TOKENS}`"),
