@@ -243,7 +243,7 @@ fn alignment(metadata: &Metadata) -> Result<u64, GgufError> {
     };
     if !alignment.is_power_of_two() || alignment > MAX_ALIGNMENT {
         let rule = format!("it must be a power of two, at most {MAX_ALIGNMENT}");
-        return Err(metadata.invalid(KEY, alignment, rule));
+        return Err(metadata.invalid(KEY, &alignment, rule));
     }
     Ok(u64::from(alignment))
 }

@@ -286,7 +286,7 @@ fn vocabulary_arrays_of_another_type_or_shorter_than_the_tokens_are_refused() {
         );
     }
     accepted(|file| {
-        _ = file.set("tokenizer.ggml.scores", vec![0_f32; 5]).set("tokenizer.ggml.token_type", vec![1_i32; 5])
+        file.set("tokenizer.ggml.scores", vec![0_f32; 5]).set("tokenizer.ggml.token_type", vec![1_i32; 5]);
     });
     accepted(|file| _ = file.set("tokenizer.ggml.precompiled_charsmap", vec![0_u8; 5]));
 }
@@ -391,6 +391,9 @@ fn hyperparameters_that_llama_cpp_asserts_on_are_refused() {
         ("attention.key_length", Value::from(u32::MAX)),
         ("nextn_predict_layers", Value::from(3_u32)),
         ("full_attention_interval", Value::from(0_u32)),
+        ("wkv.head_size", Value::from(0_u32)),
+        ("ssm.time_step_rank", Value::from(0_u32)),
+        ("attention.indexer.block_size", Value::from(0_u32)),
         ("pooling_type", Value::from(9_u32)),
         ("rope.scaling.type", Value::from("su")),
         ("expert_count", Value::from(1025_u32)),
@@ -403,6 +406,26 @@ fn hyperparameters_that_llama_cpp_asserts_on_are_refused() {
         let names_it = text.contains(&key) || (key.contains("expert") && text.contains("llama.expert_"));
         assert!(names_it, "`{text}` does not name `{key}` ({shown})");
     }
+}
+
+#[test]
+fn architectures_have_rules_of_their_own() {
+    let check_of = |architecture: &str, key: &str, value: u32| {
+        let mut file = FileBuilder::new();
+        file.set("general.architecture", architecture).set(&format!("{architecture}.block_count"), 2_u32);
+        file.set(&format!("{architecture}.{key}"), value);
+        check(&file).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_says(&check_of("mamba2", "ssm.group_count", 0).unwrap_err(), &["`mamba2.ssm.group_count`", "1 to"]);
+    check_of("plamo2", "ssm.group_count", 0).unwrap();
+    assert_says(&check_of("rwkv7", "token_shift_count", 1).unwrap_err(), &["`rwkv7.token_shift_count`", "2 to 2"]);
+    check_of("arwkv7", "token_shift_count", 1).unwrap();
+    assert_says(&check_of("glm4moe", "expert_used_count", 0).unwrap_err(), &["no `glm4moe.expert_count`"]);
+    assert_says(&check_of("ernie4_5-moe", "interleave_moe_layer_step", 0).unwrap_err(), &["interleave_moe_layer_step"]);
+    check_of("llama4", "interleave_moe_layer_step", 0).unwrap();
+    // One expert is none to these two.
+    check_of("hunyuan-dense", "expert_count", 1).unwrap();
+    assert_says(&check_of("llama", "expert_count", 1).unwrap_err(), &["expert_used_count"]);
 }
 
 #[test]
