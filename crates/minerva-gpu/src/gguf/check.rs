@@ -5,6 +5,8 @@
 //! file says it is (`general.type`) decides nothing, because llama.cpp does not ask.
 //! Source: `llama_model_base::load_hparams` in `llama-model.cpp`, `llama-model-loader.cpp`, `ggml-backend.cpp` at our pin.
 
+use std::fmt::Display;
+
 use super::error::GgufError;
 use super::header::Header;
 use super::limits::{
@@ -29,9 +31,7 @@ impl Header {
         let is_model = metadata.str("general.type")?.is_none_or(|kind| kind == "model");
         match metadata.str(ARCHITECTURE)? {
             None if is_model => return Err(GgufError::Missing { key: ARCHITECTURE.to_owned() }),
-            None => {}
-            // A projector: llama.cpp reads no hyperparameters of these.
-            Some("clip") => {}
+            None | Some("clip") => {} // `clip` is a projector: llama.cpp reads no hyperparameters of these
             Some(architecture) => Hyperparameters { metadata, architecture }.check()?,
         }
         vocab::check(metadata)?;
@@ -56,6 +56,27 @@ impl Header {
     }
 }
 
+/// Keys that llama.cpp divides by, or asserts to be positive, in whatever architecture reads them.
+const POSITIVE: [&str; 11] = [
+    "full_attention_interval",
+    "wkv.head_size",
+    "ssm.time_step_rank",
+    "experts_per_group",
+    "num_loops",
+    "conv_group_size",
+    "attention.output_group_count",
+    "attention.indexer.block_size",
+    "hrm.layers_per_stack",
+    "hrm.h_cycles",
+    "hrm.l_cycles",
+];
+
+/// Architectures that divide by `ssm.group_count`; others write 0 there and mean none.
+const GROUPED_STATE: [&str; 5] = ["mamba2", "granitehybrid", "nemotron_h", "nemotron_h_moe", "falcon-h1"];
+
+/// Architectures whose tensors are asserted to be those of experts.
+const EXPERTS_ONLY: [&str; 2] = ["glm4moe", "grovemoe"];
+
 /// The keys `ARCHITECTURE.…` of a model.
 struct Hyperparameters<'a> {
     metadata: &'a Metadata,
@@ -71,8 +92,7 @@ impl Hyperparameters<'_> {
         for key in ["key_length", "value_length", "key_length_swa", "value_length_swa"] {
             self.in_range(&format!("attention.{key}"), 0, MAX_HEAD_ELEMENTS)?;
         }
-        // Hybrid models divide by it.
-        self.in_range("full_attention_interval", 1, u32::MAX)?;
+        self.check_divisors()?;
         self.check_pooling()?;
         self.check_rope_scaling()?;
         if let Some(n_layers) = self.in_range("block_count", 1, MAX_LAYERS)? {
@@ -93,8 +113,8 @@ impl Hyperparameters<'_> {
         self.metadata.u32(&self.key(key))
     }
 
-    fn invalid<T>(&self, key: &str, given: impl ToString, rule: impl Into<String>) -> Result<T, GgufError> {
-        Err(self.metadata.invalid(&self.key(key), given, rule))
+    fn invalid<T>(&self, key: &str, given: impl Display, rule: impl Into<String>) -> Result<T, GgufError> {
+        Err(self.metadata.invalid(&self.key(key), &given, rule))
     }
 
     /// The value, if the key is there.
@@ -103,6 +123,27 @@ impl Hyperparameters<'_> {
             Some(value) if value < min || value > max => self.invalid(key, value, format!("it must be {min} to {max}")),
             value => Ok(value),
         }
+    }
+
+    /// Source: the integer divisions and assertions in `src/models/*.cpp` that only a key's value decides.
+    fn check_divisors(&self) -> Result<(), GgufError> {
+        for key in POSITIVE {
+            self.in_range(key, 1, u32::MAX)?;
+        }
+        if self.architecture == "ernie4_5-moe" {
+            self.in_range("interleave_moe_layer_step", 1, u32::MAX)?; // llama4 writes 0 and means none
+        }
+        if GROUPED_STATE.contains(&self.architecture) {
+            self.in_range("ssm.group_count", 1, u32::MAX)?;
+        }
+        if matches!(self.architecture, "rwkv6" | "rwkv7") {
+            self.in_range("token_shift_count", 2, 2)?;
+        }
+        if EXPERTS_ONLY.contains(&self.architecture) && self.u32("block_count")?.is_some() {
+            self.in_range("expert_count", 1, MAX_EXPERTS)?
+                .ok_or_else(|| GgufError::Missing { key: self.key("expert_count") })?;
+        }
+        Ok(())
     }
 
     /// Values of `enum llama_pooling_type`; the graph builder aborts on others.

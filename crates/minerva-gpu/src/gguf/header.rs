@@ -1,7 +1,7 @@
 //! What a GGUF file says about itself: metadata and the list of tensors, without the tensors' data.
 
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::Read;
 use std::path::Path;
 
 use super::error::GgufError;
@@ -91,12 +91,12 @@ impl Header {
         }
         let file = File::open(path).map_err(io_error)?;
         let file_bytes = file.metadata().map_err(io_error)?.len();
-        Self::read(BufReader::with_capacity(128 << 10, file), file_bytes)
+        Self::read(file, file_bytes)
     }
 
     /// Reads the header of one file from a stream of `file_bytes` bytes; the reader is left somewhere after it.
     ///
-    /// Small reads are many: pass a buffered reader.
+    /// Reads are buffered here; the reader itself need not be.
     ///
     /// # Errors
     /// [`GgufError`] for anything that breaks the format, a tensor that ends after `file_bytes` included.

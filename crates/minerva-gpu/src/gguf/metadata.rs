@@ -1,5 +1,7 @@
 //! The key-value pairs of a header, in file order, with typed access.
 
+use std::fmt::Display;
+
 use super::error::GgufError;
 use super::limits::MAX_LAYERS;
 use super::value::{Array, StringArray, Value};
@@ -196,7 +198,7 @@ impl Metadata {
     }
 
     /// The error for a key whose value the caller found wrong.
-    pub(super) fn invalid(&self, key: &str, given: impl ToString, rule: impl Into<String>) -> GgufError {
+    pub(super) fn invalid(&self, key: &str, given: &dyn Display, rule: impl Into<String>) -> GgufError {
         GgufError::Invalid {
             field: format!("`{key}`"),
             offset: self.offset(key),

@@ -20,10 +20,14 @@ mod metadata;
 mod read;
 mod source;
 mod split;
+mod unique;
 mod value;
 mod vocab;
 mod weights;
 mod writer;
+
+#[cfg(test)]
+mod tests;
 
 pub use error::GgufError;
 pub use ggml_type::GgmlType;

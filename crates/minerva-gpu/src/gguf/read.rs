@@ -68,8 +68,11 @@ fn count<R: Read>(source: &mut Source<R>, field: &str, limit: u64, min_bytes: u6
     if given > limit {
         return Err(GgufError::TooLarge { field: field.to_owned(), offset, given, limit });
     }
-    // No overflow: both factors are constants of this module.
-    source.require(given * min_bytes, format_args!("{field} ({given}), whose members"))?;
+    let needed = given * min_bytes; // no overflow: both have limits among our constants
+    if needed > source.left() {
+        let field = format!("{field} ({given})");
+        return Err(GgufError::Truncated { field, offset, needed, left: source.left() });
+    }
     Ok(given)
 }
 
@@ -203,11 +206,29 @@ fn numbers<T, const N: usize>(bytes: &[u8], from_le_bytes: fn([u8; N]) -> T) -> 
     bytes.as_chunks().0.iter().map(|&chunk| from_le_bytes(chunk)).collect()
 }
 
+/// Strings that lie in the source's buffer as a whole are taken in one go: a vocabulary has 100,000 of seven bytes.
 fn strings<R: Read>(source: &mut Source<R>, key: &str, n: u64) -> Result<StringArray, GgufError> {
     let mut strings = StringArray::default();
-    for index in 0..n {
-        source.append_string(strings.bytes_mut(), MAX_STRING_BYTES, format_args!("`{key}`, element {index}"))?;
-        strings.end_string();
+    while (strings.len() as u64) < n {
+        let mut at_hand = source.at_hand();
+        let n_bytes = at_hand.len();
+        while (strings.len() as u64) < n
+            && let Some((length, rest)) = at_hand.split_first_chunk::<8>()
+            && let length = u64::from_le_bytes(*length)
+            && length <= rest.len() as u64
+        {
+            let (string, rest) = rest.split_at(length as usize);
+            strings.push(string);
+            at_hand = rest;
+        }
+        let used = n_bytes - at_hand.len();
+        source.consume(used);
+        if (strings.len() as u64) < n {
+            let index = strings.len();
+            let field = format_args!("`{key}`, element {index}");
+            source.append_string(strings.bytes_mut(), MAX_STRING_BYTES, field)?;
+            strings.end_string();
+        }
     }
     Ok(strings)
 }
@@ -222,7 +243,7 @@ fn alignment(metadata: &Metadata) -> Result<u64, GgufError> {
     };
     if !alignment.is_power_of_two() || alignment > MAX_ALIGNMENT {
         let rule = format!("it must be a power of two, at most {MAX_ALIGNMENT}");
-        return Err(metadata.invalid(KEY, alignment, rule));
+        return Err(metadata.invalid(KEY, &alignment, rule));
     }
     Ok(u64::from(alignment))
 }

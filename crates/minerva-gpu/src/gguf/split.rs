@@ -134,9 +134,9 @@ fn check_tensor_count(merged: &Header) -> Result<(), GgufError> {
     let metadata = &merged.metadata;
     match metadata.get(TENSORS) {
         None => Err(GgufError::Missing { key: TENSORS.to_owned() }),
-        Some(&Value::I32(given)) if given as i64 == merged.tensors.len() as i64 => Ok(()),
+        Some(&Value::I32(given)) if usize::try_from(given) == Ok(merged.tensors.len()) => Ok(()),
         Some(&Value::I32(given)) => {
-            Err(metadata.invalid(TENSORS, given, format!("the shards have {} tensors", merged.tensors.len())))
+            Err(metadata.invalid(TENSORS, &given, format!("the shards have {} tensors", merged.tensors.len())))
         }
         Some(_) => Err(metadata.wrong_type(TENSORS, "i32")),
     }

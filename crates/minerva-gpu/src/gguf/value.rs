@@ -80,6 +80,11 @@ impl StringArray {
         })
     }
 
+    /// Whether any string holds this byte.
+    pub(super) fn contains_byte(&self, byte: u8) -> bool {
+        self.bytes.contains(&byte)
+    }
+
     /// Adds a string at the end.
     ///
     /// # Panics

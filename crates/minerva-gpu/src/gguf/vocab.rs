@@ -2,11 +2,10 @@
 //!
 //! Source: `llama_vocab::impl::load` and the tokenizers in `llama-vocab.cpp` at our pin.
 
-use std::collections::HashSet;
-
 use super::error::GgufError;
 use super::limits::MAX_TOKEN_BYTES;
 use super::metadata::Metadata;
+use super::unique::UniqueStrings;
 use super::value::{Array, StringArray, Value};
 
 const MODEL: &str = "tokenizer.ggml.model";
@@ -75,7 +74,7 @@ pub(super) fn check(metadata: &Metadata) -> Result<(), GgufError> {
     }
     let Some(tokens) = metadata.strings(TOKENS)? else { return Ok(()) };
     if tokens.is_empty() {
-        return Err(metadata.invalid(TOKENS, "empty", "a vocabulary has tokens"));
+        return Err(metadata.invalid(TOKENS, &"empty", "a vocabulary has tokens"));
     }
     check_tokens(metadata, tokens)?;
     check_scores(metadata, tokens.len())?;
@@ -94,13 +93,13 @@ pub(super) fn check(metadata: &Metadata) -> Result<(), GgufError> {
 /// Two tokens of one text abort llama.cpp, which cuts texts at a NUL and names empty ones `[EMPTY_7]`. Long ones overflow its
 /// stack: its tries recurse once per byte.
 fn check_tokens(metadata: &Metadata, tokens: &StringArray) -> Result<(), GgufError> {
-    let mut seen = HashSet::with_capacity(tokens.len());
+    let has_nul = tokens.contains_byte(0);
+    let mut seen = UniqueStrings::with_capacity(tokens.len());
     let mut empty = Vec::new();
-    for (index, token) in tokens.iter().enumerate() {
-        let token = match token.iter().position(|&byte| byte == 0) {
-            Some(end) => &token[..end],
-            None => token,
-        };
+    for (index, mut token) in tokens.iter().enumerate() {
+        if has_nul && let Some(end) = token.iter().position(|&byte| byte == 0) {
+            token = &token[..end];
+        }
         if token.len() > MAX_TOKEN_BYTES {
             return Err(GgufError::TooLarge {
                 field: format!("the length of token {index} in `{TOKENS}`"),
@@ -154,14 +153,14 @@ fn check_token_types(metadata: &Metadata, n_tokens: usize, model: &str) -> Resul
         && let Some(index) = types[..n_tokens].iter().position(|&token_type| token_type == BYTE_TOKEN)
     {
         let given = format!("{BYTE_TOKEN} for token {index}");
-        return Err(metadata.invalid(TOKEN_TYPES, given, "a `bert` vocabulary has no byte tokens"));
+        return Err(metadata.invalid(TOKEN_TYPES, &given, "a `bert` vocabulary has no byte tokens"));
     }
     Ok(())
 }
 
 fn at_least(metadata: &Metadata, key: &str, n: usize, n_tokens: usize) -> Result<(), GgufError> {
     if n < n_tokens {
-        return Err(metadata.invalid(key, format!("{n} elements long"), format!("there are {n_tokens} tokens")));
+        return Err(metadata.invalid(key, &format!("{n} elements long"), format!("there are {n_tokens} tokens")));
     }
     Ok(())
 }
@@ -179,7 +178,7 @@ fn check_character_map(metadata: &Metadata) -> Result<(), GgufError> {
     let first_part_bytes = head.map(|head| u64::from(u32::from_le_bytes(head)));
     if first_part_bytes.is_none_or(|first| first + 4 >= n_bytes as u64) {
         let given = format!("{n_bytes} bytes long");
-        return Err(metadata.invalid(CHARACTER_MAP, given, "its first part ends after that"));
+        return Err(metadata.invalid(CHARACTER_MAP, &given, "its first part ends after that"));
     }
     Ok(())
 }
@@ -205,19 +204,19 @@ fn check_added_tokens(metadata: &Metadata, model: &str, n_tokens: u64) -> Result
         let in_vocabulary = |id: &u32| u64::from(*id) < n_tokens;
         Ok(metadata.u32(key)?.filter(in_vocabulary).or(default.filter(in_vocabulary)))
     };
-    let add_bos = metadata.bool(ADD_BOS)?.unwrap_or(defaults.add_bos);
-    let add_eos = metadata.bool(ADD_EOS)?.unwrap_or(defaults.add_eos);
+    let adds_start = metadata.bool(ADD_BOS)?.unwrap_or(defaults.add_bos);
+    let adds_end = metadata.bool(ADD_EOS)?.unwrap_or(defaults.add_eos);
     let word_piece = model == "bert"; // adds both ends whatever the file says
     let unused = matches!(model, "rwkv" | "test"); // add nothing
     for (added, key, default) in [
-        (add_bos && !unused || word_piece, TOKEN_IDS[0], defaults.bos),
-        (add_eos && !unused && !word_piece, TOKEN_IDS[1], defaults.eos),
+        (adds_start && !unused || word_piece, TOKEN_IDS[0], defaults.bos),
+        (adds_end && !unused && !word_piece, TOKEN_IDS[1], defaults.eos),
         (word_piece, TOKEN_IDS[5], defaults.separator),
     ] {
         if added && id(key, default)?.is_none() {
             let given = metadata.get(key).map_or_else(|| "missing".to_owned(), ToString::to_string);
             let rule = format!("the tokenizer adds this token and there are {n_tokens} tokens");
-            return Err(metadata.invalid(key, given, rule));
+            return Err(metadata.invalid(key, &given, rule));
         }
     }
     Ok(())

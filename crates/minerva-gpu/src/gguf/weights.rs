@@ -181,11 +181,9 @@ fn make_finite(buffer: &mut [u8], ggml_type: GgmlType) {
             b[7] = b[7] & 0x80 | 0x3F;
         }),
         // Codes are centred on 0: the scale is all.
-        GgmlType::Q4_0 | GgmlType::IQ4_NL => {
-            blocks.for_each(|b| set_f16(b, 0, if ggml_type == GgmlType::Q4_0 { -7 } else { -11 }))
-        }
+        GgmlType::Q4_0 => blocks.for_each(|b| set_f16(b, 0, -7)),
         GgmlType::Q5_0 => blocks.for_each(|b| set_f16(b, 0, -8)),
-        GgmlType::Q8_0 => blocks.for_each(|b| set_f16(b, 0, -11)),
+        GgmlType::Q8_0 | GgmlType::IQ4_NL => blocks.for_each(|b| set_f16(b, 0, -11)),
         GgmlType::Q1_0 | GgmlType::Q2_0 => blocks.for_each(|b| set_f16(b, 0, -5)),
         GgmlType::Q8_1 => blocks.for_each(|b| {
             set_f16(b, 0, -11);
