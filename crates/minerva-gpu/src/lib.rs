@@ -28,6 +28,7 @@ mod memory;
 #[cfg_attr(not(target_os = "macos"), allow(dead_code))] // its parser is tested on every system
 mod metal;
 mod nvml;
+pub mod plan;
 mod ram;
 mod select;
 pub mod synthetic;

@@ -178,6 +178,19 @@ impl ModelShape {
             && self.outside.contains_key("token_embd.weight")
     }
 
+    /// Whether some layers see only a window of past tokens.
+    pub fn has_windows(&self) -> bool {
+        self.window_tokens > 0
+    }
+
+    /// Bytes of each layer's experts.
+    pub(crate) fn expert_bytes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.layers.iter().map(|layer| {
+            let experts = layer.tensors.iter().filter(|(name, _)| super::placement::is_expert(name));
+            experts.map(|(_, tensor)| tensor.bytes).sum()
+        })
+    }
+
     /// Encoders end with their last layer.
     pub(super) fn has_output(&self) -> bool {
         self.memory != Memory::None || self.outside.contains_key("output_norm.weight")

@@ -52,6 +52,11 @@ impl Placement {
         u32::try_from(self.layers.iter().chain([&self.output]).filter(on_device).count()).unwrap_or(u32::MAX)
     }
 
+    /// Layers that could be on devices: the model's and the output layer.
+    pub fn n_layers_total(&self) -> u32 {
+        u32::try_from(self.layers.len() + 1).unwrap_or(u32::MAX)
+    }
+
     /// Layers on each device, the output layer included: the weights of llama.cpp's `tensor_split`.
     pub fn layers_per_device(&self) -> Vec<u32> {
         let mut counts = vec![0; self.n_devices];

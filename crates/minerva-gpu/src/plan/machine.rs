@@ -1,0 +1,191 @@
+//! The machine of a plan: devices and a host, real or made up.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::device::GpuDevice;
+use crate::estimate::{DeviceTraits, HostTraits};
+use crate::memory::{default_limit_bytes, parse_bytes};
+
+/// What kind of device takes layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlanDeviceKind {
+    /// An NVIDIA GPU.
+    Cuda,
+    /// A Mac's GPU.
+    Metal,
+    /// Another process's device, over RPC.
+    Rpc,
+}
+
+impl PlanDeviceKind {
+    /// How memory on such a device is counted.
+    pub fn traits(self) -> DeviceTraits {
+        match self {
+            Self::Cuda => DeviceTraits::CUDA,
+            Self::Metal => DeviceTraits::METAL,
+            Self::Rpc => DeviceTraits::RPC,
+        }
+    }
+
+    /// What a device of this kind reads per second where nobody measured: an RTX 4090, an M-series Pro, a loopback worker.
+    fn default_bandwidth(self) -> u64 {
+        match self {
+            Self::Cuda => 1_000_000_000_000,
+            Self::Metal => 200_000_000_000,
+            Self::Rpc => DEFAULT_HOST_BANDWIDTH,
+        }
+    }
+
+    /// What the backend itself takes before the first tensor: the CUDA context and its libraries' workspaces.
+    fn default_overhead_bytes(self) -> u64 {
+        match self {
+            Self::Cuda => 500 << 20,
+            Self::Metal | Self::Rpc => 0,
+        }
+    }
+}
+
+/// Two channels of DDR5.
+const DEFAULT_HOST_BANDWIDTH: u64 = 50_000_000_000;
+
+/// A device that may take layers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanDevice {
+    /// What people call it.
+    pub name: String,
+    /// What it is.
+    pub kind: PlanDeviceKind,
+    /// All its memory.
+    pub total_bytes: u64,
+    /// Free now.
+    pub free_bytes: u64,
+    /// The most that may be used: the share or the user's limit.
+    pub limit_bytes: u64,
+    /// What the backend takes for itself, out of the free bytes.
+    pub overhead_bytes: u64,
+    /// Bytes that it reads per second.
+    pub bandwidth: u64,
+    /// Whether its memory is the host's: what it takes, the host lacks.
+    pub unified: bool,
+}
+
+impl PlanDevice {
+    /// A device with nothing on it, at the guide's share, with the usual speed of its kind.
+    pub fn empty(name: impl Into<String>, kind: PlanDeviceKind, total_bytes: u64) -> Self {
+        let limit_bytes = match kind {
+            PlanDeviceKind::Cuda => default_limit_bytes(GpuDevice::Cuda, total_bytes),
+            PlanDeviceKind::Metal => default_limit_bytes(GpuDevice::Metal, total_bytes),
+            PlanDeviceKind::Rpc => total_bytes,
+        };
+        Self {
+            name: name.into(),
+            kind,
+            total_bytes,
+            free_bytes: total_bytes,
+            limit_bytes,
+            overhead_bytes: kind.default_overhead_bytes(),
+            bandwidth: kind.default_bandwidth(),
+            unified: kind == PlanDeviceKind::Metal,
+        }
+    }
+
+    /// What tensors may take: within the limit and within what is free, the backend's overhead taken off.
+    pub fn budget_bytes(&self) -> u64 {
+        self.limit_bytes.min(self.free_bytes).saturating_sub(self.overhead_bytes)
+    }
+}
+
+/// The host's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanHost {
+    /// All of it, after every limit.
+    pub total_bytes: u64,
+    /// Free now.
+    pub free_bytes: u64,
+    /// What Minerva takes by itself; a model that the user insists on may take what is free.
+    pub limit_bytes: u64,
+    /// Bytes read per second by all threads together.
+    pub bandwidth: u64,
+    /// Weights are mapped from the file: the system can drop and read them again, so they need not fit.
+    pub maps_weights: bool,
+    /// Weight types that are kept twice where the output layer is the token table.
+    #[serde(skip)]
+    pub traits: HostTraits,
+}
+
+impl PlanHost {
+    /// A host with nothing on it, at the guide's share.
+    pub fn empty(total_bytes: u64) -> Self {
+        Self {
+            total_bytes,
+            free_bytes: total_bytes,
+            limit_bytes: default_limit_bytes(GpuDevice::Cpu, total_bytes),
+            bandwidth: DEFAULT_HOST_BANDWIDTH,
+            maps_weights: true,
+            traits: HostTraits::default(),
+        }
+    }
+}
+
+/// Devices and a host.
+///
+/// As text: `cuda:24GiB,cuda:8GiB@600GB/s,ram:32GiB`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanMachine {
+    /// Devices that may take layers.
+    pub devices: Vec<PlanDevice>,
+    /// The host.
+    pub host: PlanHost,
+}
+
+/// Why a text is not a machine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{part}` is no device: write `cuda:24GiB`, `metal:16GiB`, `rpc:8GiB` or `ram:32GiB`, with `@900GB/s` if you know it"
+)]
+pub struct ParseMachineError {
+    part: String,
+}
+
+impl FromStr for PlanMachine {
+    type Err = ParseMachineError;
+
+    fn from_str(text: &str) -> Result<Self, ParseMachineError> {
+        let mut devices = Vec::new();
+        let mut host = None;
+        for part in text.split(',') {
+            let error = || ParseMachineError { part: part.to_owned() };
+            let (kind, size) = part.trim().split_once(':').ok_or_else(error)?;
+            let (size, speed) = size.split_once('@').map_or((size, None), |(size, speed)| (size, Some(speed)));
+            let bytes = parse_bytes(size).ok().filter(|&bytes| bytes > 0).ok_or_else(error)?;
+            let bandwidth = match speed {
+                Some(speed) => Some(parse_speed(speed).ok_or_else(error)?),
+                None => None,
+            };
+            let kind = match kind {
+                "cuda" => PlanDeviceKind::Cuda,
+                "metal" => PlanDeviceKind::Metal,
+                "rpc" => PlanDeviceKind::Rpc,
+                "ram" if host.is_none() => {
+                    let empty = PlanHost::empty(bytes);
+                    host = Some(PlanHost { bandwidth: bandwidth.unwrap_or(empty.bandwidth), ..empty });
+                    continue;
+                }
+                _ => return Err(error()),
+            };
+            let device = PlanDevice::empty(part.trim(), kind, bytes);
+            devices.push(PlanDevice { bandwidth: bandwidth.unwrap_or(device.bandwidth), ..device });
+        }
+        let host = host.ok_or_else(|| ParseMachineError { part: text.to_owned() })?;
+        Ok(Self { devices, host })
+    }
+}
+
+/// `900GB/s`, in decimal gigabytes as data sheets have it.
+fn parse_speed(text: &str) -> Option<u64> {
+    let gigabytes: u64 = text.strip_suffix("GB/s")?.trim().parse().ok()?;
+    gigabytes.checked_mul(1_000_000_000).filter(|&speed| speed > 0)
+}

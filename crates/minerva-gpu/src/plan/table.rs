@@ -1,0 +1,106 @@
+//! The plan as people read it.
+
+use std::fmt;
+
+use super::{Plan, Rung};
+use crate::estimate::DeviceLoad;
+use crate::memory::format_bytes;
+
+/// Characters of a bar.
+const BAR_WIDTH: u64 = 24;
+
+impl fmt::Display for Plan {
+    /// A table per device with bars, what was given up, the rungs below, and the largest context.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let best = self.best();
+        let settings = &best.settings;
+        writeln!(
+            f,
+            "{} of {} layers on devices, {} sequences of {} tokens, ubatch {}, cache {}/{}, flash attention {}",
+            best.placement.n_gpu_layers(),
+            best.placement.n_layers_total(),
+            settings.n_sequences,
+            best.context_tokens,
+            settings.ubatch_tokens,
+            settings.cache_type_k.name(),
+            settings.cache_type_v.name(),
+            if settings.flash_attention { "on" } else { "off" },
+        )?;
+        writeln!(f)?;
+        writeln!(
+            f,
+            "{:<28} {:>6} {:>11} {:>11} {:>11} {:>11}  used of its room",
+            "", "layers", "weights", "cache", "scratch", "sum"
+        )?;
+        let layers = best.placement.layers_per_device();
+        for ((device, load), n_layers) in self.devices.iter().zip(&best.estimate.devices).zip(layers) {
+            let room = device.limit_bytes.min(device.free_bytes);
+            row(f, &device.name, n_layers, load, device.overhead_bytes, room)?;
+        }
+        let n_on_host = best.placement.n_layers_total() - best.placement.n_gpu_layers();
+        row(f, "host", n_on_host, &best.estimate.host, 0, self.host.free_bytes)?;
+        let experts = best.placement.expert_layers_on_host();
+        if !experts.is_empty() {
+            writeln!(f, "the experts of {} layers are on the host", experts.len())?;
+        }
+        writeln!(f)?;
+        writeln!(
+            f,
+            "about {:.0} tokens per second for one sequence, {:.0} % of the time on the host",
+            best.speed.decode_tokens_per_second,
+            100.0 * best.speed.host_share
+        )?;
+        writeln!(f, "the largest context that fits is {} tokens a sequence", self.largest_context_tokens)?;
+        for gave_up in &best.gave_up {
+            writeln!(f, "given up: {gave_up}")?;
+        }
+        if self.rungs.len() > 1 {
+            writeln!(f, "\nif a load fails, in this order:")?;
+            for rung in &self.rungs[1..] {
+                writeln!(f, "  {rung}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn row(
+    f: &mut fmt::Formatter<'_>,
+    name: &str,
+    n_layers: u32,
+    load: &DeviceLoad,
+    overhead_bytes: u64,
+    room_bytes: u64,
+) -> fmt::Result {
+    let used = load.total_bytes().saturating_add(overhead_bytes);
+    let [weights, cache, scratch, sum] =
+        [load.weights_bytes, load.cache_bytes, load.compute_bytes, used].map(format_bytes);
+    let percent = used.saturating_mul(100).checked_div(room_bytes).unwrap_or(0);
+    let filled = used.saturating_mul(BAR_WIDTH).checked_div(room_bytes).unwrap_or(0).min(BAR_WIDTH) as usize;
+    let bar = format!("{}{}", "#".repeat(filled), ".".repeat(BAR_WIDTH as usize - filled));
+    writeln!(f, "{name:<28} {n_layers:>6} {weights:>11} {cache:>11} {scratch:>11} {sum:>11}  [{bar}] {percent} %")
+}
+
+impl fmt::Display for Rung {
+    /// One line: what runs where, and how fast.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let layers = self.placement.n_gpu_layers();
+        let on_devices: u64 = self.estimate.devices.iter().map(DeviceLoad::total_bytes).sum();
+        match self.is_cpu() {
+            true => write!(f, "CPU: {} of RAM", format_bytes(self.estimate.host.total_bytes()))?,
+            false => write!(f, "{layers} layers on devices: {}", format_bytes(on_devices))?,
+        }
+        let n_experts = self.placement.expert_layers_on_host().len();
+        if n_experts > 0 && !self.is_cpu() {
+            write!(f, ", the experts of {n_experts} layers on the host")?;
+        }
+        write!(
+            f,
+            ", {} sequences of {} tokens, ubatch {}, about {:.0} tokens per second",
+            self.settings.n_sequences,
+            self.context_tokens,
+            self.settings.ubatch_tokens,
+            self.speed.decode_tokens_per_second
+        )
+    }
+}

@@ -1,0 +1,201 @@
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::gguf::Header;
+use crate::synthetic;
+
+const GIB: u64 = 1 << 30;
+
+fn shape(name: &str) -> ModelShape {
+    let file = synthetic::shape(name).unwrap();
+    ModelShape::of(&Header::parse(&file.header_bytes(), file.file_bytes()).unwrap()).unwrap()
+}
+
+fn machine(text: &str) -> PlanMachine {
+    text.parse().unwrap()
+}
+
+fn fits(plan: &Plan) {
+    for rung in &plan.rungs {
+        for (load, device) in rung.estimate.devices.iter().zip(&plan.devices) {
+            assert!(load.total_bytes() <= device.budget_bytes(), "{rung}");
+        }
+        let host = &rung.estimate.host;
+        assert!(host.total_bytes() - host.weights_bytes <= plan.host.free_bytes, "{rung}");
+    }
+}
+
+#[test]
+fn a_model_that_fits_gets_all_it_wished_for() {
+    let plan = plan(
+        &shape("llama2-7b-q4_0"),
+        &Wishes { n_sequences: Some(1), ..Wishes::default() },
+        &machine("cuda:24GiB,ram:32GiB"),
+    )
+    .unwrap();
+    assert_eq!(plan.best().placement.n_gpu_layers(), 33);
+    assert!(plan.best().gave_up.is_empty());
+    assert_eq!(plan.best().context_tokens, DEFAULT_CONTEXT_TOKENS);
+    assert!(plan.largest_context_tokens > DEFAULT_CONTEXT_TOKENS);
+    fits(&plan);
+}
+
+#[test]
+fn a_large_model_is_shared_between_unequal_devices_whatever_their_order() {
+    let model = shape("llama3-70b-q4_0");
+    let wishes = Wishes { n_sequences: Some(1), ..Wishes::default() };
+    let plan_for = |text: &str| plan(&model, &wishes, &machine(text)).unwrap();
+    let (one, other) = (plan_for("cuda:24GiB,cuda:8GiB,ram:32GiB"), plan_for("cuda:8GiB,cuda:24GiB,ram:32GiB"));
+    fits(&one);
+    let layers = one.best().placement.layers_per_device();
+    assert!(layers[0] > 2 * layers[1] && layers[1] > 0, "{layers:?}");
+    assert_eq!(one.rungs, other.rungs);
+    assert_eq!(one.devices, other.devices);
+    assert_eq!((one.given_positions, other.given_positions), (vec![0, 1], vec![1, 0]));
+}
+
+#[test]
+fn experts_leave_before_layers_do() {
+    let model = shape("mixtral-8x7b-q4_0");
+    let wishes = Wishes { n_sequences: Some(1), context_tokens: Some(4096), ..Wishes::default() };
+    for room in ["cuda:24GiB", "cuda:16GiB", "cuda:10GiB"] {
+        let plan = plan(&model, &wishes, &machine(&format!("{room},ram:64GiB"))).unwrap();
+        fits(&plan);
+        let best = plan.best();
+        assert_eq!(best.placement.n_gpu_layers(), 33, "{room}: {plan}");
+        assert!(!best.placement.expert_layers_on_host().is_empty(), "{room}: {plan}");
+    }
+}
+
+#[test]
+fn what_the_user_fixed_stays_and_what_was_given_up_is_said() {
+    let model = shape("llama3-8b-q8_0");
+    let fixed =
+        Wishes { n_sequences: Some(4), context_tokens: Some(8192), ubatch_tokens: Some(512), ..Wishes::default() };
+    let plan = plan(&model, &fixed, &machine("cuda:8GiB,ram:32GiB")).unwrap();
+    fits(&plan);
+    for rung in &plan.rungs {
+        assert_eq!((rung.settings.n_sequences, rung.context_tokens, rung.settings.ubatch_tokens), (4, 8192, 512));
+    }
+    assert!(plan.best().placement.n_gpu_layers() < 33);
+    assert!(plan.best().gave_up.iter().any(|what| what.contains("layers on devices")), "{:?}", plan.best().gave_up);
+}
+
+#[test]
+fn open_wishes_shrink_when_that_keeps_the_model_on_the_device() {
+    // 4.5 GiB of weights; eight sequences of 8192 tokens are another 32 GiB.
+    let plan = plan(&shape("llama2-7b-q4_0"), &Wishes::default(), &machine("cuda:12GiB,ram:64GiB")).unwrap();
+    fits(&plan);
+    assert_eq!(plan.best().placement.n_gpu_layers(), 33, "{plan}");
+    assert!(plan.best().settings.n_sequences < DEFAULT_N_SEQUENCES);
+    assert!(plan.best().gave_up.iter().any(|what| what.contains("sequences")));
+}
+
+#[test]
+fn each_rung_takes_less_than_the_one_above_and_the_last_is_the_cpu() {
+    for name in ["llama2-7b-q4_0", "qwen3moe-30b-q4_0", "gemma3-4b-q4_0"] {
+        let plan = plan(&shape(name), &Wishes::default(), &machine("cuda:10GiB,ram:64GiB")).unwrap();
+        fits(&plan);
+        let on_device = |rung: &Rung| rung.estimate.devices.first().map_or(0, crate::estimate::DeviceLoad::total_bytes);
+        let sums: Vec<u64> = plan.rungs.iter().map(on_device).collect();
+        assert!(sums.windows(2).all(|pair| pair[1] < pair[0]), "{name}: {sums:?}");
+        assert!(plan.rungs.last().unwrap().is_cpu());
+        assert!(plan.rungs.len() > 3);
+    }
+}
+
+#[test]
+fn without_room_and_without_a_fallback_there_is_the_guides_error() {
+    let model = shape("llama2-7b-q4_0");
+    let wishes = Wishes { cpu_fallback: false, gpu_layers: Some(33), ..Wishes::default() };
+    let error = plan(&model, &wishes, &machine("cuda:1GiB,ram:32GiB")).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.starts_with("Out of memory: GPU memory exceeded: ") && text.contains(" + ") && text.contains(" > "),
+        "{text}"
+    );
+    let error = plan(
+        &model,
+        &Wishes::default(),
+        &PlanMachine { host: PlanHost { maps_weights: false, ..PlanHost::empty(GIB) }, devices: vec![] },
+    );
+    assert!(error.unwrap_err().to_string().starts_with("Out of memory: system memory exceeded"));
+}
+
+#[test]
+fn wishes_that_contradict_each_other_are_refused() {
+    let model = shape("qwen2-1.5b-q4_0");
+    let machine = machine("ram:8GiB");
+    let no_flash = Wishes { flash_attention: Some(false), cache_type_v: Some(GgmlType::Q8_0), ..Wishes::default() };
+    assert!(matches!(plan(&model, &no_flash, &machine), Err(PlanError::Wish { setting: "cache-type-v", .. })));
+    let too_long = Wishes { n_cells: Some(1024), context_tokens: Some(2048), ..Wishes::default() };
+    assert!(matches!(plan(&model, &too_long, &machine), Err(PlanError::Wish { setting: "ctx", .. })));
+}
+
+#[test]
+fn a_machine_is_read_from_text() {
+    let machine = machine("cuda:24GiB,metal:16gb@200GB/s,ram:32GiB@40GB/s");
+    assert_eq!(machine.devices.len(), 2);
+    assert_eq!((machine.devices[1].kind, machine.devices[1].bandwidth), (PlanDeviceKind::Metal, 200_000_000_000));
+    assert_eq!((machine.host.total_bytes, machine.host.bandwidth), (32 * GIB, 40_000_000_000));
+    for bad in ["", "cuda:24GiB", "ram:", "ram:0", "ram:1GiB,ram:1GiB", "tpu:4GiB,ram:1GiB", "cuda:4GiB@fast,ram:1GiB"]
+    {
+        assert!(bad.parse::<PlanMachine>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn the_table_shows_every_device_and_every_rung() {
+    let plan = plan(&shape("llama3-70b-q4_0"), &Wishes::default(), &machine("cuda:24GiB,cuda:8GiB,ram:32GiB")).unwrap();
+    let table = plan.to_string();
+    for word in ["cuda:24GiB", "cuda:8GiB", "host", "tokens per second", "largest context", "if a load fails", "CPU: "]
+    {
+        assert!(table.contains(word), "{word}:\n{table}");
+    }
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "a time of the release build")]
+fn a_plan_for_a_7b_header_takes_less_than_10_ms() {
+    let file = synthetic::shape("llama2-7b-q4_0").unwrap();
+    let bytes = file.header_bytes();
+    let machine = machine("cuda:8GiB,ram:32GiB");
+    let mut times: Vec<Duration> = (0..9)
+        .map(|_| {
+            let start = Instant::now();
+            let model = ModelShape::of(&Header::parse(&bytes, file.file_bytes()).unwrap()).unwrap();
+            plan(&model, &Wishes::default(), &machine).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    assert!(times[4] < Duration::from_millis(10), "{times:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn whatever_the_machine_a_plan_fits_and_does_not_depend_on_the_order_of_devices(
+        name in prop::sample::select(vec!["llama2-7b-q4_0", "qwen3moe-30b-q4_0", "gemma3-4b-q4_0", "deepseek2-lite-q4_0", "jamba-mini-q4_0"]),
+        gib in prop::collection::vec(1_u64..40, 0..4),
+        n_sequences in prop::option::of(1_u32..9),
+        context in prop::option::of(prop::sample::select(vec![512_u32, 4096, 20_000])),
+        rotate in 0_usize..4,
+    ) {
+        let model = shape(name);
+        let devices: Vec<PlanDevice> =
+            gib.iter().map(|gib| PlanDevice::empty(format!("cuda:{gib}GiB"), PlanDeviceKind::Cuda, gib * GIB)).collect();
+        let machine = PlanMachine { devices, host: PlanHost::empty(256 * GIB) };
+        let wishes = Wishes { n_sequences, context_tokens: context, ..Wishes::default() };
+        let one = plan(&model, &wishes, &machine).unwrap();
+        fits(&one);
+        let mut turned = machine;
+        let n = turned.devices.len().max(1);
+        turned.devices.rotate_left(rotate % n);
+        let other = plan(&model, &wishes, &turned).unwrap();
+        prop_assert_eq!(one.rungs, other.rungs);
+    }
+}
