@@ -3,7 +3,7 @@
 //! Pure Rust: NVIDIA's driver library is loaded at run time, Metal is recognised, never called, and llama.cpp is not known here
 //! at all, so callers say what their build of it can do ([`BuildBackends`]). Nothing in this crate allocates device memory.
 //! Start with [`GpuContext`], the guide's four steps; below it [`Machine::probe`] collects plain data and a pure function
-//! selects from it. [`Diagnosis`] prints everything.
+//! selects from it. [`Diagnosis`] prints everything. What a model file says about itself is in [`gguf`], which needs no device.
 //!
 //! # Invariants
 //! - Without a driver, without `/proc`, in any container: there is an answer, and it says what is missing.

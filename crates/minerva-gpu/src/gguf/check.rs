@@ -7,6 +7,9 @@
 
 use std::fmt::Display;
 
+use super::architectures::{
+    EQUAL_HEADS, EXPERTS_ONLY, GROUPED_STATE, POSITIVE, QUERIES_AS_WIDE_AS_EMBEDDING, WHOLE_HEAD_ROTATED,
+};
 use super::error::GgufError;
 use super::header::Header;
 use super::limits::{
@@ -56,27 +59,6 @@ impl Header {
     }
 }
 
-/// Keys that llama.cpp divides by, or asserts to be positive, in whatever architecture reads them.
-const POSITIVE: [&str; 11] = [
-    "full_attention_interval",
-    "wkv.head_size",
-    "ssm.time_step_rank",
-    "experts_per_group",
-    "num_loops",
-    "conv_group_size",
-    "attention.output_group_count",
-    "attention.indexer.block_size",
-    "hrm.layers_per_stack",
-    "hrm.h_cycles",
-    "hrm.l_cycles",
-];
-
-/// Architectures that divide by `ssm.group_count`; others write 0 there and mean none.
-const GROUPED_STATE: [&str; 5] = ["mamba2", "granitehybrid", "nemotron_h", "nemotron_h_moe", "falcon-h1"];
-
-/// Architectures whose tensors are asserted to be those of experts.
-const EXPERTS_ONLY: [&str; 2] = ["glm4moe", "grovemoe"];
-
 /// The keys `ARCHITECTURE.…` of a model.
 struct Hyperparameters<'a> {
     metadata: &'a Metadata,
@@ -93,6 +75,7 @@ impl Hyperparameters<'_> {
             self.in_range(&format!("attention.{key}"), 0, MAX_HEAD_ELEMENTS)?;
         }
         self.check_divisors()?;
+        self.check_epsilons()?;
         self.check_pooling()?;
         self.check_rope_scaling()?;
         if let Some(n_layers) = self.in_range("block_count", 1, MAX_LAYERS)? {
@@ -142,6 +125,19 @@ impl Hyperparameters<'_> {
         if EXPERTS_ONLY.contains(&self.architecture) && self.u32("block_count")?.is_some() {
             self.in_range("expert_count", 1, MAX_EXPERTS)?
                 .ok_or_else(|| GgufError::Missing { key: self.key("expert_count") })?;
+        }
+        Ok(())
+    }
+
+    /// Norms assert that theirs is not negative, which a NaN fails too.
+    fn check_epsilons(&self) -> Result<(), GgufError> {
+        for norm in ["layer_norm", "layer_norm_rms", "group_norm"] {
+            let key = format!("attention.{norm}_epsilon");
+            if let Some(epsilon) = self.metadata.f32(&self.key(&key))?
+                && !(epsilon >= 0.0 && epsilon.is_finite())
+            {
+                return self.invalid(&key, epsilon, "it must be a finite number, not negative");
+            }
         }
         Ok(())
     }
@@ -210,15 +206,45 @@ impl Hyperparameters<'_> {
                 return self.invalid(KV_HEADS, n_kv_heads, format!("it must divide the {n_heads} query heads"));
             }
         }
-        let given = |key: &str| self.metadata.get(&self.key(key)).is_some();
-        if let Some(width) = self.u32("embedding_length")?
-            && let Some(&n_heads) = heads.first()
-            && n_heads > 0
-            && !width.is_multiple_of(n_heads)
-            && !(given("attention.key_length") && given("attention.value_length"))
-        {
+        match heads.first() {
+            Some(&n_heads) if n_heads > 0 => self.check_head_lengths(n_heads),
+            _ => Ok(()), // llama.cpp takes a first layer without heads as a model without attention here
+        }
+    }
+
+    /// `n_heads` of the first layer are what llama.cpp derives lengths from.
+    fn check_head_lengths(&self, n_heads: u32) -> Result<(), GgufError> {
+        const KEY: &str = "attention.key_length";
+        const VALUE: &str = "attention.value_length";
+        const ROTATED: &str = "rope.dimension_count";
+        let (key, value) = (self.u32(KEY)?, self.u32(VALUE)?);
+        let Some(width) = self.u32("embedding_length")? else { return Ok(()) };
+        if !width.is_multiple_of(n_heads) && (key.is_none() || value.is_none()) {
             let rule = format!("it must divide the embedding length {width} where no key and value lengths are given");
-            return self.invalid(HEADS, n_heads, rule);
+            return self.invalid("attention.head_count", n_heads, rule);
+        }
+        // Sliding-window layers may have lengths of their own, and which layer is asserted on is then up to the pattern.
+        for swa in ["attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"] {
+            if self.u32(swa)?.is_some() {
+                return Ok(());
+            }
+        }
+        let key = key.unwrap_or(width / n_heads);
+        let value = value.unwrap_or(width / n_heads);
+        if EQUAL_HEADS.contains(&self.architecture) && key != value {
+            return self.invalid(VALUE, value, format!("it must be the key length, {key}"));
+        }
+        let rotated = self.u32(ROTATED)?.unwrap_or(key);
+        if WHOLE_HEAD_ROTATED.contains(&self.architecture) && rotated != value {
+            return self.invalid(ROTATED, rotated, format!("it must be the length of a head, {value}"));
+        }
+        if rotated > key || !rotated.is_multiple_of(2) && self.u32(ROTATED)?.is_some() {
+            return self.invalid(ROTATED, rotated, format!("it must be even and at most the key length, {key}"));
+        }
+        // No overflow: both have limits.
+        if QUERIES_AS_WIDE_AS_EMBEDDING.contains(&self.architecture) && key * n_heads != width {
+            let rule = format!("with key length {key} it must make the embedding length {width}");
+            return self.invalid("attention.head_count", n_heads, rule);
         }
         Ok(())
     }

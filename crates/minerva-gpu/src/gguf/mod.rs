@@ -11,6 +11,7 @@
 //! - All arithmetic on numbers of the file is checked; no input panics.
 //! - What llama.cpp at our pin loads is not refused, but for files that break the format's own rules ([`limits`] and
 //!   [`Header::check_for_llama`] name each one).
+mod architectures;
 mod check;
 mod error;
 mod ggml_type;

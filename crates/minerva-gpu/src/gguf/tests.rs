@@ -392,6 +392,12 @@ fn hyperparameters_that_llama_cpp_asserts_on_are_refused() {
         ("nextn_predict_layers", Value::from(3_u32)),
         ("full_attention_interval", Value::from(0_u32)),
         ("wkv.head_size", Value::from(0_u32)),
+        ("rope.dimension_count", Value::from(8_u32)),
+        ("rope.dimension_count", Value::from(u32::MAX)),
+        ("attention.value_length", Value::from(8_u32)),
+        ("attention.layer_norm_rms_epsilon", Value::from(f32::NAN)),
+        ("attention.layer_norm_epsilon", Value::from(-1_f32)),
+        ("attention.group_norm_epsilon", Value::from(f32::INFINITY)),
         ("ssm.time_step_rank", Value::from(0_u32)),
         ("attention.indexer.block_size", Value::from(0_u32)),
         ("pooling_type", Value::from(9_u32)),
@@ -423,6 +429,27 @@ fn architectures_have_rules_of_their_own() {
     assert_says(&check_of("glm4moe", "expert_used_count", 0).unwrap_err(), &["no `glm4moe.expert_count`"]);
     assert_says(&check_of("ernie4_5-moe", "interleave_moe_layer_step", 0).unwrap_err(), &["interleave_moe_layer_step"]);
     check_of("llama4", "interleave_moe_layer_step", 0).unwrap();
+    // Heads: all of these have an embedding of 64, of which 4 heads make 16 each.
+    let check_heads = |architecture: &str, keys: &[(&str, u32)]| {
+        let mut file = FileBuilder::new();
+        file.set("general.architecture", architecture).set(&format!("{architecture}.block_count"), 2_u32);
+        file.set(&format!("{architecture}.embedding_length"), 64_u32);
+        file.set(&format!("{architecture}.attention.head_count"), 4_u32);
+        for (key, value) in keys {
+            file.set(&format!("{architecture}.{key}"), *value);
+        }
+        check(&file).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let lengths = [("attention.key_length", 32), ("attention.value_length", 32)];
+    assert_says(&check_heads("qwen2", &lengths).unwrap_err(), &["`qwen2.attention.head_count`", "embedding length 64"]);
+    check_heads("qwen3", &lengths).unwrap();
+    assert_says(&check_heads("qwen2", &[("rope.dimension_count", 8)]).unwrap_err(), &["rope.dimension_count", "16"]);
+    check_heads("gptneox", &[("rope.dimension_count", 8)]).unwrap();
+    for n in [7, 18] {
+        assert_says(&check_heads("gptneox", &[("rope.dimension_count", n)]).unwrap_err(), &["even and at most"]);
+    }
+    check_heads("deepseek2", &[("attention.key_length", 24), ("rope.dimension_count", 8)]).unwrap();
+    check_heads("llama", &[("attention.key_length", 24), ("attention.key_length_swa", 16)]).unwrap();
     // One expert is none to these two.
     check_of("hunyuan-dense", "expert_count", 1).unwrap();
     assert_says(&check_of("llama", "expert_count", 1).unwrap_err(), &["expert_used_count"]);

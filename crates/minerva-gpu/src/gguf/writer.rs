@@ -137,7 +137,7 @@ impl FileBuilder {
 
     /// Writes the whole file with random weights, the same for the same `seed` on every machine.
     ///
-    /// Weights are finite numbers within about ±0.25, whatever the type; tensors whose name ends in `_norm.weight` are ones,
+    /// Weights are finite numbers, most within ±0.1 and none beyond ±0.5, whatever the type; tensors whose name ends in `_norm.weight` are ones,
     /// and so are frequency factors; integers are 0, a valid index everywhere. All processors generate and write.
     /// `progress` is called from the calling thread, with the bytes written so far. Returns the size of the file.
     ///
