@@ -32,8 +32,8 @@ pub struct EngineConfig {
     pub n_seq_max: Option<u32>,
     /// The most tokens of one step.
     pub n_batch: u32,
-    /// The most tokens that the device computes at once.
-    pub n_ubatch: u32,
+    /// The most tokens that the device computes at once; `None` is 512, or less when memory is short.
+    pub n_ubatch: Option<u32>,
     /// Compute threads while one token per sequence is decoded.
     pub n_threads: Option<u32>,
     /// Compute threads for prompts.
@@ -44,6 +44,8 @@ pub struct EngineConfig {
     pub kv_type_k: KvType,
     /// Element type of the V cache.
     pub kv_type_v: KvType,
+    /// An f16 cache may become q8_0 when memory is short: half the size, and slightly other answers.
+    pub kv_may_quantize: bool,
     /// One pool of cells for all sequences, instead of a stream of cells per sequence.
     pub kv_unified: bool,
     /// Let the CPU backend repack weights for its matrix units (AMX, AVX-VNNI and such).
@@ -72,12 +74,13 @@ impl Default for EngineConfig {
             n_cells: None,
             n_seq_max: None,
             n_batch: 2048,
-            n_ubatch: 512,
+            n_ubatch: None,
             n_threads: None,
             n_threads_batch: None,
             flash_attention: FlashAttention::Auto,
             kv_type_k: KvType::F16,
             kv_type_v: KvType::F16,
+            kv_may_quantize: false,
             kv_unified: false,
             use_extra_buffers: true,
             use_mmap: true,

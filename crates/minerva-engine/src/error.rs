@@ -73,17 +73,22 @@ pub enum LoadError {
     /// llama.cpp could not load the model.
     #[error("cannot load the model")]
     Llama(#[from] minerva_llama::LoadError),
-    /// The model does not fit where it was asked to go. The text is the guide's.
-    #[error("Out of memory: {what} memory exceeded: {needed_bytes} + {used_bytes} > {limit_bytes}")]
-    OutOfMemory {
-        /// `GPU` or `system`.
-        what: &'static str,
-        /// Bytes that the model and its context need.
-        needed_bytes: u64,
-        /// Bytes that are in use already.
-        used_bytes: u64,
-        /// Bytes that may be used.
-        limit_bytes: u64,
+    /// The file is not a model that llama.cpp could load without harm.
+    #[error(transparent)]
+    Header(#[from] minerva_gpu::gguf::GgufError),
+    /// The file's header lacks a size that memory depends on.
+    #[error(transparent)]
+    Estimate(minerva_gpu::estimate::EstimateError),
+    /// The model does not fit where it was asked to go, or settings contradict each other. The texts are the guide's.
+    #[error(transparent)]
+    Plan(minerva_gpu::plan::PlanError),
+    /// The plan failed and falling back is not allowed.
+    #[error("{problem}")]
+    NoFallback {
+        /// What went wrong.
+        problem: String,
+        /// The table of what would fit.
+        table: String,
     },
     /// The model cannot generate text (an embedding model, an encoder).
     #[error("`{name}` does not generate text: it is an encoder or an embedding model")]

@@ -29,6 +29,7 @@ mod shared;
 mod worker;
 
 pub mod backend;
+mod cache;
 pub mod compat;
 pub mod decoder;
 mod llama;

@@ -42,8 +42,14 @@ pub struct Placement {
     pub n_gpu_layers: u32,
     /// Layers that could be there: the model's layers and its output layer.
     pub n_layers_total: u32,
+    /// Layers on the GPU whose experts are not.
+    pub n_expert_layers_on_host: u32,
     /// Why not more layers are on the GPU, or why this device was chosen.
     pub reason: String,
+    /// What the plan has less of than was wished for.
+    pub gave_up: Vec<String>,
+    /// Larger plans that failed when they were loaded, and why.
+    pub steps_down: Vec<String>,
     /// Compute threads for decoding.
     pub n_threads: u32,
     /// Compute threads for prompts.
@@ -62,7 +68,7 @@ pub struct Placement {
     pub limit_bytes: u64,
 }
 
-/// What the model takes on one device, in bytes, from a load that allocates nothing.
+/// What the model takes on one device, in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceMemory {
     /// llama.cpp's name of the device; `Host` is the system's memory.
@@ -73,6 +79,8 @@ pub struct DeviceMemory {
     pub kv_bytes: u64,
     /// Scratch for one step.
     pub compute_bytes: u64,
+    /// The sum of these that was planned from the file's header.
+    pub planned_bytes: u64,
     /// All memory of the device.
     pub total_bytes: u64,
     /// Free memory of the device before the load.

@@ -171,6 +171,8 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         text.head("model_info", "gauge", "The loaded model and its device.");
         text.sample("model_info", &[("model", info.name.as_str()), ("device", info.placement.device.as_str())], 1.0);
         text.single("gpu_layers", "gauge", "Layers on the GPU.", f64::from(info.placement.n_gpu_layers));
+        let n_steps = info.placement.steps_down.len() as f64;
+        text.single("load_steps_down", "gauge", "Larger plans that failed before the model was loaded.", n_steps);
     }
 }
 

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use minerva_engine::Engine;
+use minerva_engine::{Engine, LoadError};
 use minerva_gpu::{BuildBackends, Diagnosis, GpuOptions};
 use tracing::{info, warn};
 
@@ -85,7 +85,11 @@ fn serve(loaded: Loaded) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
             tracing::error!("{problem:#}");
-            ExitCode::FAILURE
+            match problem.downcast_ref::<LoadError>() {
+                // What was asked for does not fit and nothing else may run: the table says what would.
+                Some(LoadError::NoFallback { table, .. }) => refuse(&format_args!("what fits:\n{table}")),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -105,7 +109,7 @@ async fn serve_until_signal(config: Config, source: Source) -> anyhow::Result<()
     let is_loaded = tokio::select! {
         result = load.finished() => match result {
             Some(Ok(())) => true,
-            Some(Err(problem)) => anyhow::bail!("cannot load the model: {problem}"),
+            Some(Err(problem)) => return Err(anyhow::Error::new(problem).context("cannot load the model")),
             None => anyhow::bail!("the load ended in a panic"),
         },
         () = &mut signal => false,

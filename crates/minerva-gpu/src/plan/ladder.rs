@@ -1,7 +1,7 @@
 //! The rungs below a load: what to try next when it fails although it should have fitted.
 
 use super::Rung;
-use super::search::{Draft, Search, step_down};
+use super::search::{Draft, MIN_UBATCH_TOKENS, Search, step_down};
 
 /// Shares of the layers on devices that the rungs keep, in quarters.
 const QUARTERS: [u32; 3] = [3, 2, 1];
@@ -41,12 +41,23 @@ pub(super) fn below(search: &Search<'_>, best: &Rung) -> Vec<Rung> {
     for quarter in QUARTERS {
         add(&mut rungs, &draft, (n_layers * quarter / 4).max(1), n_experts_left);
     }
-    // The smallest of them, with everything else that is open made smaller too.
+    // Then the smallest of them with less of everything else that is open: scratch and cache type first, and a quarter of the
+    // cells. Less than that is no better than the CPU with all of them.
+    let quarter = (n_layers / 4).max(1);
+    let n_cells = draft.settings.context_tokens;
     let mut smaller = draft;
     while let Some(gave_up) = step_down(&mut smaller, search.wishes, search.model.has_windows()) {
+        if smaller.settings.context_tokens < n_cells / 4 {
+            break;
+        }
         smaller.gave_up.push(gave_up);
+        if smaller.settings.ubatch_tokens <= MIN_UBATCH_TOKENS && smaller.settings.context_tokens == n_cells {
+            add(&mut rungs, &smaller, quarter, n_experts_left);
+        }
+        if smaller.settings.context_tokens == n_cells / 4 {
+            add(&mut rungs, &smaller, quarter, n_experts_left);
+        }
     }
-    add(&mut rungs, &smaller, (n_layers / 4).max(1), n_experts_left);
     rungs
 }
 

@@ -86,9 +86,10 @@ impl fmt::Display for Rung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let layers = self.placement.n_gpu_layers();
         let on_devices: u64 = self.estimate.devices.iter().map(DeviceLoad::total_bytes).sum();
-        match self.is_cpu() {
-            true => write!(f, "CPU: {} of RAM", format_bytes(self.estimate.host.total_bytes()))?,
-            false => write!(f, "{layers} layers on devices: {}", format_bytes(on_devices))?,
+        if self.is_cpu() {
+            write!(f, "CPU: {} of RAM", format_bytes(self.estimate.host.total_bytes()))?;
+        } else {
+            write!(f, "{layers} layers on devices: {}", format_bytes(on_devices))?;
         }
         let n_experts = self.placement.expert_layers_on_host().len();
         if n_experts > 0 && !self.is_cpu() {

@@ -218,7 +218,7 @@ mod tests {
             (performance.batch_size, performance.threads, performance.threads_batch),
             (Some(8), Some(4), Some(6))
         );
-        assert_eq!((performance.n_batch, performance.n_ubatch, performance.kv_unified), (1024, 256, true));
+        assert_eq!((performance.n_batch, performance.n_ubatch, performance.kv_unified), (1024, Some(256), true));
         assert!(!performance.mmap);
         assert_eq!(config.server.api_keys, ["one", "two", "three"]);
         assert_eq!(config.address().unwrap().to_string(), "[::1]:9");

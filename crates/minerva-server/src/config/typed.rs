@@ -55,10 +55,11 @@ pub struct PerformanceSettings {
     pub batch_size: Option<u32>,
     pub kv_cells: Option<u32>,
     pub n_batch: u32,
-    pub n_ubatch: u32,
+    pub n_ubatch: Option<u32>,
     pub flash_attention: FlashAttention,
     pub kv_type_k: KvType,
     pub kv_type_v: KvType,
+    pub kv_may_quantize: bool,
     pub kv_unified: bool,
     pub extra_buffers: bool,
     pub mmap: bool,
@@ -142,7 +143,7 @@ impl Config {
         if self.performance.cache_size_mb.is_some() {
             warnings.push("`performance.cache_size_mb` is accepted but has no effect in this version".to_owned());
         }
-        if self.performance.n_ubatch > self.performance.n_batch {
+        if self.performance.n_ubatch.is_some_and(|n| n > self.performance.n_batch) {
             warnings.push("`performance.n_ubatch` is larger than `performance.n_batch`, which bounds it".to_owned());
         }
         warnings
@@ -205,6 +206,7 @@ impl Config {
             flash_attention: performance.flash_attention,
             kv_type_k: performance.kv_type_k,
             kv_type_v: performance.kv_type_v,
+            kv_may_quantize: performance.kv_may_quantize,
             kv_unified: performance.kv_unified,
             use_extra_buffers: performance.extra_buffers,
             use_mmap: performance.mmap,

@@ -1,0 +1,145 @@
+//! Loading rung by rung: a load that fails although it should fit gives way to the next smaller one, and says so.
+
+use minerva_gpu::plan::{PlanError, Rung};
+use minerva_llama::{DeviceBytes, Simulation};
+
+use super::machine::Machine;
+use super::placement::Planned;
+use super::{Report, load_rung, overhead, placement, root_cause};
+use crate::backend::Loaded;
+use crate::config::EngineConfig;
+use crate::error::LoadError;
+use crate::status::ModelInfo;
+
+/// Plans and loads.
+pub(super) fn climb_down(
+    config: &EngineConfig,
+    machine: Machine,
+    report: &mut Report<'_>,
+) -> Result<(Loaded, ModelInfo), LoadError> {
+    let planned = plan(config, machine)?;
+    let mut steps: Vec<String> = Vec::new();
+    let mut next = 0;
+    loop {
+        let rung = &planned.plan.rungs[next];
+        let failure = match try_rung(config, &planned, rung, report) {
+            Ok((loaded, mut info)) => {
+                info.placement.steps_down = steps;
+                return Ok((loaded, info));
+            }
+            Err(failure) => failure,
+        };
+        let below = if failure.is_out_of_memory { next + 1 } else { planned.plan.rungs.len() - 1 };
+        let is_last = next + 1 >= planned.plan.rungs.len();
+        if rung.is_cpu() || !failure.may_step_down {
+            return Err(failure.error);
+        }
+        if !config.fallback_to_cpu || is_last {
+            return Err(no_fallback(&failure.text, &planned));
+        }
+        tracing::error!("{}", failure.text);
+        let lower = &planned.plan.rungs[below];
+        if lower.is_cpu() {
+            tracing::warn!("GPU OOM, falling back to CPU");
+        } else {
+            tracing::warn!("GPU OOM, falling back to {lower}");
+        }
+        steps.push(failure.text);
+        next = below;
+    }
+}
+
+fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
+    let allowed = EngineConfig { fallback_to_cpu: true, n_gpu_layers: None, ..config.clone() };
+    let table = |machine: Machine| {
+        placement::plan(&allowed, machine).map_or_else(|_| String::new(), |planned| planned.plan.to_string())
+    };
+    match placement::plan(config, machine) {
+        Err((LoadError::Plan(problem @ PlanError::OutOfMemory { .. }), machine)) if !config.fallback_to_cpu => {
+            Err(LoadError::NoFallback { problem: problem.to_string(), table: table(machine) })
+        }
+        Ok(planned) => Ok(planned),
+        Err((error, _)) => Err(error),
+    }
+}
+
+fn no_fallback(problem: &str, planned: &Planned) -> LoadError {
+    LoadError::NoFallback { problem: problem.to_owned(), table: planned.plan.to_string() }
+}
+
+/// Why a rung did not hold.
+struct Failure {
+    error: LoadError,
+    /// For the log, in the guide's words where memory was short.
+    text: String,
+    is_out_of_memory: bool,
+    /// A smaller load may succeed where this one failed.
+    may_step_down: bool,
+}
+
+/// Asks llama.cpp for the exact figures, compares them with what is free now, and loads.
+fn try_rung(
+    config: &EngineConfig,
+    planned: &Planned,
+    rung: &Rung,
+    report: &mut Report<'_>,
+) -> Result<(Loaded, ModelInfo), Failure> {
+    let failed = |error: LoadError| Failure::of(error, planned, rung);
+    let (model, context) = (planned.model_params(config, rung), planned.context_params(config, rung));
+    let simulation = Simulation::load(&config.model_path, &model).map_err(|error| failed(error.into()))?;
+    let simulated = simulation.memory_bytes(&context).map_err(|error| failed(error.into()))?;
+    drop(simulation);
+    if let Some(text) = overfull(planned, rung, &simulated) {
+        let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
+        return Err(Failure { error, text, is_out_of_memory: true, may_step_down: true });
+    }
+    let free_before = planned.machine.gpu.estimate_memory().map(|memory| memory.free_bytes);
+    let status = planned.status(config, rung, &simulated);
+    let loaded = load_rung(config, &model, &context, rung.context_tokens, status, report).map_err(failed)?;
+    if let (Ok(before), Ok(after), false) = (free_before, planned.machine.gpu.estimate_memory(), rung.is_cpu()) {
+        let device = planned.machine.gpu.device();
+        let tensors: u64 = simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum();
+        if device.kind == minerva_gpu::GpuDevice::Cuda && planned.plan.devices.len() == 1 {
+            overhead::remember(device, before, after.free_bytes, tensors);
+        }
+    }
+    Ok(loaded)
+}
+
+/// The guide's error when a device has less room now than llama.cpp says that the load takes.
+fn overfull(planned: &Planned, rung: &Rung, simulated: &[DeviceBytes]) -> Option<String> {
+    let devices = planned.plan.devices[..rung.placement.n_devices()].iter().zip(&planned.plan.given_positions);
+    devices.zip(simulated).find_map(|((device, &position), bytes)| {
+        let room = planned.machine.budget_now(position);
+        let needed = total(bytes);
+        (needed > room).then(|| out_of_memory(device.limit_bytes, device.limit_bytes.saturating_sub(room), needed))
+    })
+}
+
+fn out_of_memory(limit_bytes: u64, used_bytes: u64, needed_bytes: u64) -> String {
+    PlanError::OutOfMemory { what: "GPU", used_bytes, needed_bytes, limit_bytes }.to_string()
+}
+
+fn total(bytes: &DeviceBytes) -> u64 {
+    bytes.weights_bytes + bytes.kv_bytes + bytes.compute_bytes
+}
+
+impl Failure {
+    fn of(error: LoadError, planned: &Planned, rung: &Rung) -> Self {
+        let cause = root_cause(&error);
+        // llama.cpp has no code for it: all of its allocation errors say so in words.
+        let is_out_of_memory = ["alloc", "out of memory"].iter().any(|word| cause.to_lowercase().contains(word));
+        let may_step_down = matches!(error, LoadError::Llama(_)) && !rung.is_cpu();
+        let text = if is_out_of_memory && !rung.is_cpu() {
+            // The device said that it had the room: only the attempt shows that it has not.
+            let needed: u64 = rung.estimate.devices.iter().map(minerva_gpu::estimate::DeviceLoad::total_bytes).sum();
+            let used: u64 =
+                planned.plan.devices.iter().map(|device| device.total_bytes.saturating_sub(device.free_bytes)).sum();
+            let (used, needed) = (minerva_gpu::format_bytes(used), minerva_gpu::format_bytes(needed));
+            format!("Out of memory: GPU memory exceeded: {used} + {needed} > what could be allocated ({cause})")
+        } else {
+            format!("the load failed: {cause}")
+        };
+        Self { error, text, is_out_of_memory, may_step_down }
+    }
+}

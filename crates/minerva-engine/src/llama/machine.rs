@@ -1,0 +1,136 @@
+//! The machine that a load is planned for: local GPUs, RPC devices and the host, each with llama.cpp's own number.
+
+use minerva_gpu::estimate::HostTraits;
+use minerva_gpu::gguf::GgmlType;
+use minerva_gpu::plan::{PlanDevice, PlanDeviceKind, PlanHost, PlanMachine};
+use minerva_gpu::{
+    BuildBackends, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate, MemoryKind,
+};
+use minerva_llama::{Device, DeviceKind};
+
+use super::overhead;
+use crate::config::EngineConfig;
+use crate::error::LoadError;
+
+/// What is there, and how to reach it.
+pub(super) struct Machine {
+    pub(super) gpu: GpuContext,
+    pub(super) planned: PlanMachine,
+    /// llama.cpp's index of each planned device.
+    llama_indices: Vec<usize>,
+    /// For RPC devices: whose they are.
+    pub(super) addresses: Vec<Option<String>>,
+}
+
+impl Machine {
+    /// Looks at the devices that the configuration allows. RPC servers are connected to.
+    pub(super) fn of(config: &EngineConfig, build: BuildBackends) -> Result<Self, LoadError> {
+        let mut rpc = Vec::new();
+        for server in &config.rpc_servers {
+            rpc.extend(minerva_llama::add_rpc_server(server)?);
+        }
+        let options = GpuOptions { choice: config.device, build, memory_limit_bytes: config.memory_limit_bytes };
+        let mut gpu = GpuContext::with_options(options)?;
+        if let Some(reason) = gpu.fallback_reason().filter(|_| rpc.is_empty()) {
+            tracing::warn!("{reason}, falling back to CPU");
+        }
+        let memory = gpu.initialize_for_inference()?;
+        let host = host(config, &gpu, &memory);
+        let planned = PlanMachine { devices: Vec::new(), host };
+        let mut machine = Self { gpu, planned, llama_indices: Vec::new(), addresses: Vec::new() };
+        machine.add_local_devices(config.device)?;
+        for device in minerva_llama::devices().iter().filter(|device| rpc.contains(&device.index)) {
+            machine.add_rpc_device(device);
+        }
+        Ok(machine)
+    }
+
+    /// llama.cpp's numbers of devices at these positions of the planned machine.
+    pub(super) fn llama_indices(&self, positions: &[usize]) -> Vec<usize> {
+        positions.iter().filter_map(|&position| self.llama_indices.get(position).copied()).collect()
+    }
+
+    /// What may be used now of the device at this position of the planned machine: another process may have come since.
+    pub(super) fn budget_now(&self, position: usize) -> u64 {
+        let device = &self.planned.devices[position];
+        let free_bytes = match (&self.addresses[position], self.gpu.estimate_memory()) {
+            (Some(_), _) => {
+                self.llama_indices.get(position).map_or(0, |&index| minerva_llama::devices()[index].free_bytes)
+            }
+            (None, Ok(memory)) if device.name == self.gpu.device().name => memory.free_bytes,
+            (None, _) => device.free_bytes,
+        };
+        PlanDevice { free_bytes, ..device.clone() }.budget_bytes()
+    }
+
+    /// The selected GPU, and with `auto` or `cuda` every other usable one of its kind.
+    fn add_local_devices(&mut self, choice: DeviceChoice) -> Result<(), LoadError> {
+        let selected = self.gpu.device().clone();
+        if selected.kind == GpuDevice::Cpu {
+            return Ok(());
+        }
+        let takes_all = matches!(choice, DeviceChoice::Auto | DeviceChoice::Cuda(None));
+        let is_taken = |device: &DeviceInfo| {
+            device.is_usable_gpu() && device.kind == selected.kind && (takes_all || device.index == selected.index)
+        };
+        for device in self.gpu.devices().to_vec().iter().filter(|device| is_taken(device)) {
+            let problem = || format!("llama.cpp does not see {}", device.name);
+            let index = llama_device(device).ok_or_else(|| LoadError::Setting { name: "gpu", problem: problem() })?;
+            self.add(local(device), index, None);
+        }
+        Ok(())
+    }
+
+    /// The size that llama.cpp reports is already cut down to the limit of the server's entry.
+    fn add_rpc_device(&mut self, device: &Device) {
+        let empty = PlanDevice::empty(device.name.clone(), PlanDeviceKind::Rpc, device.total_bytes);
+        let planned = PlanDevice { free_bytes: device.free_bytes, limit_bytes: device.free_bytes, ..empty };
+        self.add(planned, device.index, Some(device.description.clone()));
+    }
+
+    fn add(&mut self, device: PlanDevice, llama_index: usize, address: Option<String>) {
+        self.planned.devices.push(device);
+        self.llama_indices.push(llama_index);
+        self.addresses.push(address);
+    }
+}
+
+fn local(device: &DeviceInfo) -> PlanDevice {
+    let kind = if device.kind == GpuDevice::Metal { PlanDeviceKind::Metal } else { PlanDeviceKind::Cuda };
+    let empty = PlanDevice::empty(device.name.clone(), kind, device.total_bytes);
+    PlanDevice {
+        free_bytes: device.free_bytes,
+        limit_bytes: device.limit_bytes,
+        overhead_bytes: overhead::remembered(device).unwrap_or(empty.overhead_bytes),
+        unified: device.memory_kind == MemoryKind::Unified,
+        ..empty
+    }
+}
+
+fn host(config: &EngineConfig, gpu: &GpuContext, memory: &MemoryEstimate) -> PlanHost {
+    let ram = &gpu.machine().memory;
+    let empty = PlanHost::empty(ram.total_bytes);
+    // On the CPU alone the user's limit is the CPU's.
+    let limit_bytes = if memory.device == GpuDevice::Cpu { memory.limit_bytes } else { empty.limit_bytes };
+    let repacked = minerva_llama::repacked_types(config.use_extra_buffers);
+    PlanHost {
+        free_bytes: ram.free_bytes,
+        limit_bytes,
+        maps_weights: config.use_mmap,
+        traits: HostTraits { repacked_types: repacked.iter().filter_map(|name| GgmlType::from_name(name)).collect() },
+        ..empty
+    }
+}
+
+/// llama.cpp's index of the device: CUDA numbers as the process sees them, one device otherwise.
+fn llama_device(device: &DeviceInfo) -> Option<usize> {
+    let devices = minerva_llama::devices();
+    let mut gpus = devices.iter().filter(|d| matches!(d.kind, DeviceKind::Gpu | DeviceKind::IntegratedGpu));
+    match device.index {
+        Some(index) => {
+            let name = format!("CUDA{index}");
+            gpus.find(|gpu| gpu.name == name).map(|gpu| gpu.index)
+        }
+        None => gpus.next().map(|gpu| gpu.index),
+    }
+}
