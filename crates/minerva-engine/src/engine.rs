@@ -1,5 +1,6 @@
 //! The handle: loads a model, starts the engine's threads, hands requests over.
 
+use minerva_gpu::plan::{Plan, PlanMachine};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -76,6 +77,23 @@ impl Engine {
         let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
         let (loaded, info) = llama::load(&config, &mut progress)?;
         Self::start(loaded, info, queue)
+    }
+
+    /// Plans a load without doing it: what goes where, what it takes, and the smaller plans below. Reads the file's header,
+    /// nothing else of it.
+    ///
+    /// # Errors
+    /// [`LoadError`]: nothing fits, or the file is no model.
+    pub fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
+        llama::plan(config, machine)
+    }
+
+    /// This machine, as [`load`](Self::load) would plan for it. RPC servers are connected to.
+    ///
+    /// # Errors
+    /// [`LoadError`]: a device that was asked for is not there.
+    pub fn machine(config: &EngineConfig) -> Result<PlanMachine, LoadError> {
+        llama::machine(config)
     }
 
     /// An engine over the simulator: no model and no llama.cpp, the same scheduling. For tests of whatever is above.

@@ -14,6 +14,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::needless_raw_string_hashes))]
 #![deny(unsafe_code)] // but for the one query in `nvml` that old drivers demand
 
+mod bandwidth;
 mod cgroup;
 mod choice;
 mod context;
@@ -36,6 +37,7 @@ pub mod synthetic;
 mod testing;
 mod visible;
 
+pub use bandwidth::measure_host_bandwidth;
 pub use cgroup::CgroupLimits;
 pub use choice::{BuildBackends, DeviceChoice, ParseChoiceError};
 pub use context::{GpuContext, GpuOptions};

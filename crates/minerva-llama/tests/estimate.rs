@@ -15,6 +15,7 @@ mod rpc_worker;
 
 use minerva_gpu::estimate::{DeviceLoad, DeviceTraits, HostTraits, LoadSettings, ModelShape, Placement, estimate};
 use minerva_gpu::gguf::{GgmlType, Header};
+use minerva_gpu::plan::{Wishes, plan};
 use minerva_gpu::synthetic;
 use minerva_llama::{Context, ContextParams, DeviceBytes, FlashAttention, KvType, Model, ModelParams, Simulation};
 use rpc_worker::Worker;
@@ -218,6 +219,37 @@ impl Table {
 
 fn real_model() -> PathBuf {
     std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model").into()
+}
+
+#[test]
+fn a_plan_for_a_70b_header_on_unequal_devices_fits_by_llama_cpps_own_figures() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("70b.gguf");
+    synthetic::shape("llama3-70b-q4_0").expect("known").write_header_only(&path).expect("written");
+    let model = ModelShape::of(&Header::open(&path).expect("a header")).expect("a shape");
+    let workers = [Worker::start(), Worker::start()];
+    let devices: Vec<usize> = workers.iter().flat_map(Worker::add).collect();
+    let wishes = Wishes { n_sequences: Some(1), ..Wishes::default() };
+    let plan_for = |text: &str| plan(&model, &wishes, &text.parse().expect("a machine")).expect("it fits");
+    let (one, other) = (plan_for("rpc:24GiB,rpc:8GiB,ram:32GiB"), plan_for("rpc:8GiB,rpc:24GiB,ram:32GiB"));
+    assert_eq!(one.rungs, other.rungs, "the order of the devices changes nothing");
+    println!("{one}");
+    for rung in one.rungs.iter().filter(|rung| !rung.is_cpu()) {
+        let params = model_params(&rung.placement, &devices);
+        let simulation = Simulation::load(&path, &params).expect("simulates");
+        let context = ContextParams {
+            n_ctx: rung.settings.context_tokens,
+            n_ubatch: rung.settings.ubatch_tokens,
+            n_seq_max: rung.settings.n_sequences,
+            flash_attention: FlashAttention::On,
+            full_windows: rung.settings.full_windows,
+            ..ContextParams::default()
+        };
+        for (bytes, device) in simulation.memory_bytes(&context).expect("measures").iter().zip(&one.devices) {
+            let sum = bytes.weights_bytes + bytes.kv_bytes + bytes.compute_bytes;
+            assert!(sum <= device.budget_bytes(), "{rung}: {bytes:?} on {device:?}");
+        }
+    }
 }
 
 #[test]

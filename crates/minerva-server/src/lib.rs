@@ -22,6 +22,7 @@ mod limits;
 mod load;
 mod logging;
 mod metrics;
+mod plan_command;
 pub mod program;
 mod rpc_worker;
 mod server;

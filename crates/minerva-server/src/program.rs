@@ -17,7 +17,7 @@ use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Progr
 use crate::load::{Load, Source};
 use crate::server::Server;
 use crate::shutdown::{Signals, end_now};
-use crate::{limits, logging, rpc_worker};
+use crate::{limits, logging, plan_command, rpc_worker};
 
 /// How long a load may take to notice that it was cancelled.
 const CANCEL_TIME: Duration = Duration::from_secs(2);
@@ -26,6 +26,9 @@ const CANCEL_TIME: Duration = Duration::from_secs(2);
 pub fn run(program: Program) -> ExitCode {
     if program == Program::Minerva && std::env::args_os().nth(1).is_some_and(|command| command == config::RPC_WORKER) {
         return rpc_worker::run();
+    }
+    if program == Program::Minerva && std::env::args_os().nth(1).is_some_and(|command| command == config::PLAN) {
+        return plan_command::run();
     }
     match invoke(program) {
         Ok(code) => code,

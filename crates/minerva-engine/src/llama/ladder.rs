@@ -17,7 +17,7 @@ pub(super) fn climb_down(
     machine: Machine,
     report: &mut Report<'_>,
 ) -> Result<(Loaded, ModelInfo), LoadError> {
-    let planned = plan(config, machine)?;
+    let planned = placement::plan(config, machine)?;
     let mut steps: Vec<String> = Vec::new();
     let mut next = 0;
     loop {
@@ -46,20 +46,6 @@ pub(super) fn climb_down(
         }
         steps.push(failure.text);
         next = below;
-    }
-}
-
-fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
-    let allowed = EngineConfig { fallback_to_cpu: true, n_gpu_layers: None, ..config.clone() };
-    let table = |machine: Machine| {
-        placement::plan(&allowed, machine).map_or_else(|_| String::new(), |planned| planned.plan.to_string())
-    };
-    match placement::plan(config, machine) {
-        Err((LoadError::Plan(problem @ PlanError::OutOfMemory { .. }), machine)) if !config.fallback_to_cpu => {
-            Err(LoadError::NoFallback { problem: problem.to_string(), table: table(machine) })
-        }
-        Ok(planned) => Ok(planned),
-        Err((error, _)) => Err(error),
     }
 }
 

@@ -11,6 +11,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use minerva_gpu::BuildBackends;
+use minerva_gpu::plan::{Plan, PlanMachine};
 use minerva_llama::{Context, ContextParams, Model, ModelParams};
 
 use self::backend::LlamaBackend;
@@ -28,6 +29,16 @@ pub(crate) fn load(config: &EngineConfig, report: &mut Report<'_>) -> Result<(Lo
     progress(report, "plan", 0.0)?;
     let machine = Machine::of(config, build_backends())?;
     ladder::climb_down(config, machine, report)
+}
+
+/// Plans a load without doing it.
+pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
+    placement::plan_for(config, machine)
+}
+
+/// This machine, for a plan.
+pub(crate) fn machine(config: &EngineConfig) -> Result<PlanMachine, LoadError> {
+    Ok(Machine::of(config, build_backends())?.planned)
 }
 
 /// Loads one rung of a plan.

@@ -2,7 +2,7 @@
 
 use minerva_gpu::estimate::{LoadSettings, ModelShape};
 use minerva_gpu::gguf::{GgmlType, Header};
-use minerva_gpu::plan::{Plan, PlanError, Rung, Wishes};
+use minerva_gpu::plan::{Plan, PlanError, PlanMachine, Rung, Wishes};
 use minerva_llama::{ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
 
 use super::machine::Machine;
@@ -16,15 +16,14 @@ pub(super) struct Planned {
     pub(super) plan: Plan,
 }
 
-/// Reads the header and plans. The machine comes back with an error: looking at it again takes time.
-pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, (LoadError, Machine)> {
-    match plan_for(config, &machine) {
-        Ok(plan) => Ok(Planned { machine, plan }),
-        Err(error) => Err((error, machine)),
-    }
+/// Plans for a machine that was looked at.
+pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
+    let plan = plan_for(config, &machine.planned)?;
+    Ok(Planned { machine, plan })
 }
 
-fn plan_for(config: &EngineConfig, machine: &Machine) -> Result<Plan, LoadError> {
+/// Reads the header and plans.
+pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
     let header = Header::open(&config.model_path)?;
     let model = ModelShape::of(&header).map_err(LoadError::Estimate)?;
     let wishes = config.wishes();
@@ -32,8 +31,15 @@ fn plan_for(config: &EngineConfig, machine: &Machine) -> Result<Plan, LoadError>
         let trained = model.context_train_tokens;
         tracing::warn!("a context of {context} tokens is more than the {trained} that the model was trained for");
     }
-    minerva_gpu::plan::plan(&model, &wishes, &machine.planned).map_err(|problem| match problem {
+    minerva_gpu::plan::plan(&model, &wishes, machine).map_err(|problem| match problem {
         PlanError::Wish { setting, problem } => LoadError::Setting { name: setting, problem },
+        PlanError::OutOfMemory { .. } if !config.fallback_to_cpu => {
+            // Nothing else may run; the table says what would.
+            let anything = Wishes { cpu_fallback: true, gpu_layers: None, ..wishes.clone() };
+            let table = minerva_gpu::plan::plan(&model, &anything, machine)
+                .map_or_else(|_| String::new(), |plan| plan.to_string());
+            LoadError::NoFallback { problem: problem.to_string(), table }
+        }
         problem => LoadError::Plan(problem),
     })
 }

@@ -287,7 +287,7 @@ impl<'a> Search<'a> {
         let mut draft = wish.clone();
         let mut rung = self.rung(&draft, placement());
         for smaller in self.smaller_drafts(wish) {
-            if rung.estimate.host.total_bytes() <= self.host.limit_bytes {
+            if self.is_within_share(&rung.estimate) {
                 break;
             }
             draft = smaller;
@@ -305,6 +305,14 @@ impl<'a> Search<'a> {
             rung.gave_up.push("no layer on any device".to_owned());
         }
         Ok(rung)
+    }
+
+    /// Whether the host gives no more than Minerva takes by itself. Mapped weights that are more than that already are the
+    /// user's wish: then only what is allocated counts.
+    fn is_within_share(&self, estimate: &Estimate) -> bool {
+        let all = estimate.host.total_bytes();
+        let counted = if estimate.host.weights_bytes > self.host.limit_bytes { self.host_bytes(estimate) } else { all };
+        counted <= self.host.limit_bytes
     }
 
     fn out_of_memory(&self, needed_bytes: u64) -> PlanError {

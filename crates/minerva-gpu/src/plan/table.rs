@@ -46,8 +46,8 @@ impl fmt::Display for Plan {
         writeln!(f)?;
         writeln!(
             f,
-            "about {:.0} tokens per second for one sequence, {:.0} % of the time on the host",
-            best.speed.decode_tokens_per_second,
+            "about {} tokens per second for one sequence, {:.0} % of the time on the host",
+            rate(best.speed.decode_tokens_per_second),
             100.0 * best.speed.host_share
         )?;
         writeln!(f, "the largest context that fits is {} tokens a sequence", self.largest_context_tokens)?;
@@ -97,11 +97,16 @@ impl fmt::Display for Rung {
         }
         write!(
             f,
-            ", {} sequences of {} tokens, ubatch {}, about {:.0} tokens per second",
+            ", {} sequences of {} tokens, ubatch {}, about {} tokens per second",
             self.settings.n_sequences,
             self.context_tokens,
             self.settings.ubatch_tokens,
-            self.speed.decode_tokens_per_second
+            rate(self.speed.decode_tokens_per_second)
         )
     }
+}
+
+/// Two digits are all that a prediction has.
+fn rate(tokens_per_second: f64) -> String {
+    if tokens_per_second < 10.0 { format!("{tokens_per_second:.1}") } else { format!("{tokens_per_second:.0}") }
 }

@@ -21,6 +21,9 @@ pub enum Program {
 /// The subcommand that is no server: [`rpc_worker`](crate::rpc_worker) reads its arguments, which share names with settings.
 pub(crate) const RPC_WORKER: &str = "rpc-worker";
 
+/// Another: [`plan_command`](crate::plan_command).
+pub(crate) const PLAN: &str = "plan";
+
 /// What the command line asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Action {
@@ -66,8 +69,8 @@ impl Invocation {
         let mut action = Action::Serve;
         let mut matches = &matches;
         if let Some((name, inner)) = matches.subcommand() {
-            if name == RPC_WORKER {
-                let text = "`rpc-worker` has flags of its own and comes first: see `minerva rpc-worker --help`";
+            if name == RPC_WORKER || name == PLAN {
+                let text = format!("`{name}` has flags of its own and comes first: see `minerva {name} --help`");
                 return Err(command(program).error(clap::error::ErrorKind::ArgumentConflict, text).into());
             }
             if name == "config" {
@@ -126,6 +129,8 @@ fn command(program: Program) -> Command {
         command = command.subcommand(Command::new("serve").about("Serve; the same as no subcommand")).subcommand(
             Command::new("config").about("Print each setting's value and where it came from").args([json, markdown]),
         );
+        command =
+            command.subcommand(Command::new(PLAN).about("Say what a model will take, and where, without loading it"));
         command = command.subcommand(Command::new(RPC_WORKER).about("Lend this machine's devices to another Minerva"));
     }
     command

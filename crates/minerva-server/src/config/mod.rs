@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
-pub(crate) use cli::RPC_WORKER;
 pub use cli::{Action, Invocation, Program, ReportFormat};
+pub(crate) use cli::{PLAN, RPC_WORKER};
 pub use report::{Report, reference};
 pub use settings::{SETTINGS, Setting};
 pub use typed::{Config, GpuSettings, ModelSettings, PerformanceSettings, Seconds, ServerSettings};

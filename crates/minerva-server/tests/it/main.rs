@@ -6,6 +6,7 @@
 //! - [`access`]: keys, hosts, origins
 //! - [`operation`]: health, status, metrics, request ids
 //! - [`drop`]: many clients, some of which leave
+//! - [`ladder`]: devices without the memory that was planned
 //! - [`shutdown`], [`programs`]: the binaries: signals, exit codes, logs
 
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in tests, which does not cover their helpers")]
@@ -17,6 +18,7 @@ mod completions;
 mod drop;
 mod errors;
 mod fuzz;
+mod ladder;
 mod limits;
 mod operation;
 mod process;
