@@ -197,7 +197,51 @@ fn cuda_sources(source: &Path, entries: &mut BTreeMap<String, Entry>) -> anyhow:
             entries.insert(format!("backends/cuda/ggml/{prefix}{name}"), Entry::file(&path)?);
         }
     }
-    Ok(())
+    // ggml's core reads a few headers of the CPU backend.
+    for (name, path) in files(&ggml.join("src/ggml-cpu"), &|path| path.extension().is_some_and(|ext| ext == "h"))? {
+        entries.insert(format!("backends/cuda/ggml/src/ggml-cpu/{name}"), Entry::file(&path)?);
+    }
+    match missing_includes(entries).first() {
+        Some(missing) => bail!("the CUDA module's sources are not complete: {missing}"),
+        None => Ok(()),
+    }
+}
+
+/// Made by cmake, and for another vendor's GPUs.
+const NOT_INCLUDED: [&str; 2] = ["ggml-version.h", "ggml-musa/mudnn.cuh"];
+
+/// `FILE includes HEADER` for each header in quotes that is not there: whoever builds the module has only what is in the bundle.
+fn missing_includes(entries: &BTreeMap<String, Entry>) -> Vec<String> {
+    let root = "backends/cuda/ggml";
+    let mut missing = Vec::new();
+    for (name, entry) in entries.iter().filter(|(name, _)| name.starts_with(root)) {
+        let folder = name.rsplit_once('/').map_or("", |(folder, _)| folder);
+        let text = String::from_utf8_lossy(&entry.bytes);
+        let included = |line: &str| {
+            let rest = line.trim_start().strip_prefix('#')?.trim_start().strip_prefix("include")?.trim_start();
+            Some(rest.strip_prefix('"')?.split_once('"')?.0.to_owned())
+        };
+        for header in text.lines().filter_map(included).filter(|header| !NOT_INCLUDED.contains(&header.as_str())) {
+            let folders = [folder.to_owned(), format!("{root}/include"), format!("{root}/src")];
+            if !folders.iter().any(|folder| entries.contains_key(&joined(folder, &header))) {
+                missing.push(format!("{name} includes {header}"));
+            }
+        }
+    }
+    missing
+}
+
+/// `a/b` and `../c` as `a/c`.
+fn joined(folder: &str, path: &str) -> String {
+    let mut parts: Vec<&str> = folder.split('/').collect();
+    for part in path.split('/') {
+        match part {
+            "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
 }
 
 /// The files of one folder, links to files included, by name.
@@ -343,6 +387,20 @@ mod tests {
         let (ok, text) = run(&[]);
         assert!(!ok && text.contains("name what to build for with CUDA_ARCHITECTURES"), "{text}");
         fs::remove_dir_all(bundle).unwrap();
+    }
+
+    #[test]
+    fn a_header_that_is_not_in_the_bundle_is_missing() {
+        let file = |path: &str, text: &str| (format!("backends/cuda/ggml/{path}"), Entry::text(text.to_owned()));
+        let mut entries = BTreeMap::from([
+            file("include/ggml.h", "#include <stdio.h>\n"),
+            file("src/ggml.c", "#include \"ggml.h\"\n#include \"ggml-version.h\"\n"),
+            file("src/ggml-cuda/x.cu", "# include \"../ggml-impl.h\"\n#include \"ggml-cpu/impl.h\" // for y\n"),
+            file("src/ggml-impl.h", ""),
+        ]);
+        assert_eq!(missing_includes(&entries), ["backends/cuda/ggml/src/ggml-cuda/x.cu includes ggml-cpu/impl.h"]);
+        entries.extend([file("src/ggml-cpu/impl.h", "")]);
+        assert!(missing_includes(&entries).is_empty());
     }
 
     #[test]
