@@ -25,3 +25,27 @@ if(NOT CMAKE_C_COMPILER_LAUNCHER AND NOT CMAKE_CXX_COMPILER_LAUNCHER AND NOT MSV
         endforeach()
     endif()
 endif()
+
+# 3. `dynamic-backends`, so bundles (docs/packaging.md): each library finds its neighbours wherever it is unpacked, and holds
+#    no path of the machine that built it. llama-cpp-sys-2 has ggml compile in the folder of its modules, which Minerva does
+#    not use: it names the folder when it loads them.
+if(GGML_BACKEND_DL AND NOT MSVC)
+    # llama.cpp's common library would need OpenSSL for downloads, which Minerva does not ask of it.
+    set(LLAMA_OPENSSL OFF CACHE BOOL "" FORCE)
+    add_compile_options("-ffile-prefix-map=${CMAKE_SOURCE_DIR}=llama.cpp")
+    set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+    if(APPLE)
+        set(CMAKE_INSTALL_RPATH "@loader_path;@loader_path/..")
+    else()
+        set(CMAKE_INSTALL_RPATH "$ORIGIN;$ORIGIN/..")
+    endif()
+
+    function(minerva_forget_module_folder)
+        foreach(property COMPILE_DEFINITIONS INTERFACE_COMPILE_DEFINITIONS)
+            get_target_property(definitions ggml ${property})
+            list(FILTER definitions EXCLUDE REGEX "^GGML_BACKEND_DIR=")
+            set_target_properties(ggml PROPERTIES ${property} "${definitions}")
+        endforeach()
+    endfunction()
+    cmake_language(DEFER CALL minerva_forget_module_folder)
+endif()

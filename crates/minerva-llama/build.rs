@@ -7,7 +7,12 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=shim");
-    println!("cargo::rustc-check-cfg=cfg(dynamic_backends)");
+    // Set by `cargo xtask package`: the program looks for modules beside itself only.
+    println!("cargo::rerun-if-env-changed=MINERVA_BUNDLE");
+    println!("cargo::rustc-check-cfg=cfg(minerva_bundle)");
+    if env::var_os("MINERVA_BUNDLE").is_some() {
+        println!("cargo::rustc-cfg=minerva_bundle");
+    }
 
     let root = PathBuf::from(env::var_os("DEP_LLAMA_ROOT").expect("llama-cpp-sys-2 sets DEP_LLAMA_ROOT"));
     let cache_path = root.join("build/CMakeCache.txt");

@@ -1,12 +1,13 @@
 //! Project tasks, run as `cargo xtask TASK`: one file per task, each with its own `Args` and `run`.
 //!
-//! `setup` prepares a bare machine, `serve` talks to a real model, `test` runs what CI runs. Start with [`setup`]: the
+//! `setup` prepares a bare machine, `serve` talks to a real model, `test` runs what CI runs, `package` makes what others run. Start with [`setup`]: the
 //! others begin with it. [`workspace`] has the paths and the child processes that all of them share.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a task talks to the terminal")]
 
 mod bench;
 mod layers;
+mod package;
 mod serve;
 mod setup;
 mod test;
@@ -27,6 +28,8 @@ enum Task {
     Test(test::Args),
     /// Fail on any dependency between our crates that points upward
     Layers(layers::Args),
+    /// Build the bundle for other Linux machines: dist/minerva-VERSION-TARGET.tar.zst
+    Package(package::Args),
     /// Measure the engine against a bare `llama_decode` loop
     BenchEngine(bench::Args),
     /// Measure our server, and any OpenAI-compatible peer, under load
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Task::Serve(args) => serve::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Layers(args) => layers::run(&args),
+        Task::Package(args) => package::run(&args),
         Task::BenchEngine(args) => bench::engine(&args),
         Task::BenchServe(args) => bench::serve(&args),
     };

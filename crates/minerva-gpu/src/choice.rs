@@ -93,7 +93,7 @@ impl From<DeviceChoice> for String {
 /// This crate does not know llama.cpp, so the caller says. [`Default`] is a build for the CPU alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct BuildBackends {
-    /// Built with `--features cuda`.
+    /// Built with `--features cuda`, or with the CUDA module beside it.
     pub cuda: bool,
     /// Built with `--features metal`.
     pub metal: bool,

@@ -82,7 +82,7 @@ fn cuda(machine: &Machine, choice: DeviceChoice, index: Option<u32>, build: Buil
 fn not_in_build(choice: DeviceChoice, kind: GpuDevice) -> GpuError {
     let (backend, feature, needs) = match kind {
         GpuDevice::Metal => ("Metal", "metal", " on a Mac with Xcode's command line tools"),
-        _ => ("CUDA", "cuda", " (needs the CUDA toolkit, `nvcc`)"),
+        _ => ("CUDA", "cuda", " (needs the CUDA toolkit, `nvcc`) or run the bundle's `backends/cuda/build.sh`"),
     };
     GpuError::NotInBuild { choice, backend, feature, needs }
 }
@@ -105,11 +105,11 @@ fn available(machine: &Machine, cuda: &[&DeviceInfo]) -> String {
 fn why_no_gpu(machine: &Machine, build: BuildBackends) -> String {
     if let Some(position) = best(machine, |_| true) {
         let device = &machine.devices[position];
-        let feature = if device.kind == GpuDevice::Metal { "metal" } else { "cuda" };
-        return format!(
-            "{} is there, but this build has only {build}: rebuild with `--features {feature}`",
-            device.title()
-        );
+        let cure = match device.kind {
+            GpuDevice::Metal => "rebuild with `--features metal`",
+            _ => "rebuild with `--features cuda`, or run the bundle's `backends/cuda/build.sh`",
+        };
+        return format!("{} is there, but this build has only {build}: {cure}", device.title());
     }
     let broken = machine.devices.iter().find_map(|d| Some((d, d.unusable.as_ref()?)));
     match broken {

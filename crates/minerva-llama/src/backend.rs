@@ -51,17 +51,29 @@ pub fn init() {
     });
 }
 
-/// Looks for modules beside the executable first (the bundle), then where the build put them.
+/// Loads the best CPU module and every other module of the folder that has them; the log names each.
 #[cfg(feature = "dynamic-backends")]
 fn load_backend_modules() {
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("backends")));
-    let built = sys::BACKENDS_DIR.map(std::path::PathBuf::from);
-    for folder in [beside, built].into_iter().flatten().filter(|folder| folder.is_dir()) {
-        let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_encoded_bytes()) else { continue };
-        // SAFETY: a NUL-terminated path; ggml tries the files it knows the names of and skips what does not load.
-        unsafe { sys::ggml_backend_load_all_from_path(path.as_ptr()) };
+    let Some(folder) = module_folder() else {
+        tracing::error!("no folder with llama.cpp's modules: this build needs lib/minerva beside the program's folder");
         return;
+    };
+    let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_encoded_bytes()) else { return };
+    // SAFETY: a NUL-terminated path; ggml tries the files it knows the names of and skips what does not load.
+    unsafe { sys::ggml_backend_load_all_from_path(path.as_ptr()) };
+}
+
+/// `MINERVA_BACKENDS_DIR`, or `../lib/minerva` from the program as the bundle has it, or where this build put them.
+#[cfg(feature = "dynamic-backends")]
+fn module_folder() -> Option<std::path::PathBuf> {
+    if let Some(folder) = std::env::var_os("MINERVA_BACKENDS_DIR").filter(|folder| !folder.is_empty()) {
+        return Some(folder.into());
     }
+    let program = std::env::current_exe().ok();
+    let in_bundle = program.and_then(|program| Some(program.parent()?.parent()?.join("lib").join("minerva")));
+    // A bundle must not name a folder of the machine that built it.
+    let in_build = if cfg!(minerva_bundle) { None } else { sys::BACKENDS_DIR.map(std::path::PathBuf::from) };
+    [in_bundle, in_build].into_iter().flatten().find(|folder| folder.is_dir())
 }
 
 /// Over ggml's lists of backends and devices, which have no lock of their own: held for writing while devices are added.
@@ -70,6 +82,15 @@ pub(crate) static REGISTRY: RwLock<()> = RwLock::new(());
 /// Every device, in llama.cpp's order.
 pub fn devices() -> Vec<Device> {
     (0..n_devices()).map(device).collect()
+}
+
+/// Whether this build, or a module that was loaded, has the backend that ggml calls `name`, such as `CUDA`: with or without a
+/// device for it.
+pub fn has_backend(name: &CStr) -> bool {
+    init();
+    let _registry = REGISTRY.read().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: a NUL-terminated name.
+    !unsafe { sys::ggml_backend_reg_by_name(name.as_ptr()) }.is_null()
 }
 
 /// How many devices there are. The number only grows.

@@ -30,7 +30,8 @@ mod threads;
 mod vocab;
 
 pub use backend::{
-    Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, devices, extra_buffers, init, version,
+    Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, devices, extra_buffers, has_backend, init,
+    version,
 };
 pub use batch::Batch;
 pub use chat::{ChatPrompt, ChatTemplate};

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::catch_unwind;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use crate::sys;
@@ -57,6 +58,11 @@ fn append(level: sys::ggml_log_level, text: &str) {
 }
 
 fn emit(pending: &mut Pending, line: &str) {
+    if let Some((backend, path)) = loaded_module(line) {
+        // Under our own target, since llama.cpp's lines are seldom shown and this one says how fast the program can be.
+        let module = Path::new(path).file_name().unwrap_or_default().to_string_lossy();
+        tracing::info!("{backend} module: {module}");
+    }
     match pending.level {
         _ if line.is_empty() => {}
         sys::GGML_LOG_LEVEL_ERROR => {
@@ -70,4 +76,9 @@ fn emit(pending: &mut Pending, line: &str) {
         sys::GGML_LOG_LEVEL_INFO => tracing::info!(target: "llama.cpp", "{line}"),
         _ => tracing::debug!(target: "llama.cpp", "{line}"),
     }
+}
+
+/// Backend and file of a line in which ggml says that it loaded a module.
+fn loaded_module(line: &str) -> Option<(&str, &str)> {
+    line.strip_prefix("load_backend: loaded ")?.split_once(" backend from ")
 }

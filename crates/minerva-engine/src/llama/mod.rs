@@ -119,11 +119,10 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 
 /// The GPU backends that this build of llama.cpp has, whether or not it finds a device for them.
 pub(crate) fn build_backends() -> BuildBackends {
-    let has = |prefix: &str| minerva_llama::devices().iter().any(|device| device.name.starts_with(prefix));
     BuildBackends {
-        cuda: cfg!(feature = "cuda") || has("CUDA"),
-        metal: cfg!(any(feature = "metal", target_os = "macos")) || has("MTL") || has("Metal"),
-        vulkan: cfg!(feature = "vulkan") || has("Vulkan"),
+        cuda: minerva_llama::has_backend(c"CUDA"),
+        metal: minerva_llama::has_backend(c"MTL"),
+        vulkan: minerva_llama::has_backend(c"Vulkan"),
     }
 }
 

@@ -55,7 +55,7 @@ impl RpcServer {
 #[non_exhaustive]
 pub enum RpcError {
     /// llama.cpp was compiled without its RPC backend.
-    #[error("this build has no RPC: llama.cpp was compiled without GGML_RPC=ON")]
+    #[error("this build has no RPC: llama.cpp was compiled without GGML_RPC=ON, or its RPC module is missing")]
     NotBuilt,
     /// Not `host:port`, or a name that has no address.
     #[error("cannot resolve the RPC server `{address}`")]
