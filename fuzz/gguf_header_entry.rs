@@ -2,7 +2,9 @@
 
 use std::io::{self, Read};
 
+use minerva_gpu::estimate::ModelShape;
 use minerva_gpu::gguf::{FileBuilder, GgufError, Header, Value};
+use minerva_gpu::plan::{PlanMachine, Wishes, plan};
 
 /// Inputs up to this length are also read in pieces of a few bytes, which is slow.
 const PIECES_BYTES: usize = 4096;
@@ -27,7 +29,7 @@ pub(crate) fn gguf_header(data: &[u8]) -> [String; 2] {
                 check_promises(header);
                 check_round_trip(header);
                 match header.check_for_llama() {
-                    Ok(()) => "sound".to_owned(),
+                    Ok(()) => plan_for(header),
                     Err(error) => shape(&error),
                 }
             }
@@ -51,6 +53,24 @@ fn shape(error: &GgufError) -> String {
     };
     let variant = std::mem::discriminant(error);
     format!("{variant:?}: {} / {}", words(&error.to_string(), 4), words(rule, 5))
+}
+
+/// Whatever a file claims, planning for it neither panics nor takes long, and a plan that is made fits.
+fn plan_for(header: &Header) -> String {
+    let model = match ModelShape::of(header) {
+        Ok(model) => model,
+        Err(error) => return error.to_string().split('`').next().unwrap_or_default().to_owned(),
+    };
+    let machine: PlanMachine = "cuda:24GiB,rpc:8GiB,ram:32GiB".parse().expect("a machine");
+    match plan(&model, &Wishes::default(), &machine) {
+        Ok(plan) => {
+            for (load, device) in plan.best().estimate.devices.iter().zip(&plan.devices) {
+                assert!(load.total_bytes() <= device.budget_bytes(), "{plan}");
+            }
+            format!("planned {}", plan.rungs.len())
+        }
+        Err(error) => error.to_string().split(':').take(2).collect(),
+    }
 }
 
 fn check_promises(header: &Header) {

@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use minerva_gpu::gguf::{FileBuilder, GgmlType, Value};
+use minerva_gpu::synthetic;
 
 #[path = "../../../fuzz/gguf_header_entry.rs"]
 mod entry;
@@ -218,6 +219,11 @@ fn write_corpus(directory: &Path) -> io::Result<()> {
                 .set("tokenizer.ggml.suppress_tokens", vec![3_i32])
                 .set("tokenizer.ggml.precompiled_charsmap", vec![4_u8, 0, 0, 0, 1, 2, 3, 4, 5]);
         })?;
+    }
+    // Two or three layers of each kind of model, which a plan is made for.
+    for name in synthetic::NAMES {
+        let n_layers = if name.starts_with("jamba") || name.starts_with("granite") { 6 } else { 2 };
+        write(name, &|file| *file = synthetic::shape_with_layers(name, n_layers).expect("a known name"))?;
     }
     write("every-value-type", &|file| {
         let scalars: [Value; 12] = [

@@ -9,6 +9,12 @@ use crate::gguf::{Header, TensorInfo};
 /// Layers that llama.cpp accepts (`LLAMA_MAX_LAYERS`).
 pub(super) const MAX_LAYERS: u32 = 512;
 
+/// The largest single size that is believed: ten times that of any model there is. Products of these stay in 64 bits.
+const MAX_SIZE: u64 = 1 << 24;
+
+/// The most elements of keys or values that one layer keeps for a token.
+const MAX_WIDTH: u64 = 1 << 28;
+
 /// Sizes of a model, per layer where layers differ.
 #[derive(Debug, Clone)]
 pub struct ModelShape {
@@ -257,6 +263,9 @@ impl Reader<'_> {
                 }
             }
         }
+        let recurrent = self.recurrent(n_embd, &layers)?;
+        let latent = self.latent()?;
+        self.check(n_embd, &layers, recurrent, latent)?;
         Ok(ModelShape {
             architecture: self.architecture.to_owned(),
             n_layers,
@@ -266,8 +275,8 @@ impl Reader<'_> {
             n_vocab: self.n_vocab(&outside)?,
             n_experts: self.number("expert_count")?.unwrap_or(0),
             causal: self.flag("attention.causal")?.unwrap_or(memory != Memory::None),
-            recurrent: self.recurrent(n_embd, &layers)?,
-            latent: self.latent()?,
+            recurrent,
+            latent,
             memory,
             window_tokens,
             rotates_nothing: self.architecture == "granitehybrid"
@@ -279,6 +288,34 @@ impl Reader<'_> {
             layers,
             outside,
         })
+    }
+
+    /// A file can claim anything; what no model has is an error before it is a multiplication.
+    fn check(
+        &self,
+        n_embd: u64,
+        layers: &[Layer],
+        recurrent: Recurrent,
+        latent: Option<Latent>,
+    ) -> Result<(), EstimateError> {
+        let check = |name: &str, value: u64, limit: u64| {
+            if value <= limit { Ok(()) } else { Err(EstimateError::Size { key: self.key(name), value, limit }) }
+        };
+        check("embedding_length", n_embd, MAX_SIZE)?;
+        for layer in layers {
+            check("attention.head_count", layer.n_heads.max(layer.n_kv_heads), MAX_SIZE)?;
+            check("attention.key_length", layer.head_k.max(layer.head_v), MAX_SIZE)?;
+            check("attention.head_count", layer.n_heads * layer.head_k.max(layer.head_v), MAX_WIDTH)?;
+            check("attention.head_count_kv", layer.k_width().max(layer.v_width()), MAX_WIDTH)?;
+            check("expert_used_count", layer.n_experts_used, 1 << 16)?;
+        }
+        let Recurrent { d_conv, d_inner, d_state, dt_rank, n_group, history, state } = recurrent;
+        check("ssm.inner_size", d_conv.max(d_inner).max(d_state).max(dt_rank).max(n_group), MAX_SIZE)?;
+        check("ssm.state_size", history.max(state).max(n_group * d_state), MAX_WIDTH)?;
+        if let Some(latent) = latent {
+            check("attention.key_length_mla", latent.head_k.max(latent.head_v), MAX_SIZE)?;
+        }
+        Ok(())
     }
 
     fn layers(&self, n_all: u32, n_layers: u32, n_embd: u64, memory: Memory) -> Result<Vec<Layer>, EstimateError> {
@@ -355,10 +392,10 @@ impl Reader<'_> {
             (n_embd.saturating_mul(shortconv - 1), 0)
         } else if kda != 0 {
             let kernel = if sizes.d_conv > 0 { n_conv } else { 3 };
-            (3 * kernel * n_heads * kda, kda * kda * n_heads)
+            (product(&[3, kernel, n_heads, kda]), product(&[kda, kda, n_heads]))
         } else if self.architecture == "minimax-01" {
             let head = layers.first().map_or(0, |layer| layer.head_k);
-            (0, head * head * n_heads)
+            (0, product(&[head, head, n_heads]))
         } else {
             let width = sizes.d_inner.saturating_add((2 * sizes.n_group).saturating_mul(sizes.d_state));
             (n_conv.saturating_mul(width), sizes.d_state.saturating_mul(sizes.d_inner))
@@ -412,6 +449,10 @@ impl Reader<'_> {
     fn per_layer(&self, name: &str, n_layers: u32) -> Result<Option<Vec<u32>>, EstimateError> {
         Ok(self.header.metadata.u32_per_layer(&self.key(name), n_layers)?)
     }
+}
+
+fn product(factors: &[u64]) -> u64 {
+    factors.iter().fold(1, |product: u64, &factor| product.saturating_mul(factor))
 }
 
 /// `blk.7.attn_q.weight` is layer 7's `attn_q.weight`.

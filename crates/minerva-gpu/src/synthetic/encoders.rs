@@ -3,16 +3,17 @@
 use super::Draft;
 use crate::gguf::{FileBuilder, GgmlType};
 
-pub(super) fn shape(name: &str) -> Option<FileBuilder> {
+pub(super) fn shape(name: &str, n_layers: Option<u32>) -> Option<FileBuilder> {
     match name {
-        "bert-base-f16" => Some(encoder("bert")),
-        "nomic-bert-f16" => Some(encoder("nomic-bert")),
+        "bert-base-f16" => Some(encoder("bert", n_layers)),
+        "nomic-bert-f16" => Some(encoder("nomic-bert", n_layers)),
         _ => None,
     }
 }
 
-fn encoder(architecture: &'static str) -> FileBuilder {
-    let (n_layers, n_embd, n_vocab, n_ff) = (12, 768, 30_522, 3072_u32);
+fn encoder(architecture: &'static str, n_layers: Option<u32>) -> FileBuilder {
+    let (all_layers, n_embd, n_vocab, n_ff) = (12, 768, 30_522, 3072_u32);
+    let n_layers = n_layers.unwrap_or(all_layers);
     let is_nomic = architecture == "nomic-bert";
     let mut draft = Draft::new(architecture, GgmlType::F16, n_layers, n_embd, n_vocab);
     draft.key("context_length", 512_u32);

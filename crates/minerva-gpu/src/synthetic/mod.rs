@@ -38,7 +38,18 @@ pub const NAMES: [&str; 22] = [
 
 /// The header of a named shape; `None` for a name that is not in [`NAMES`].
 pub fn shape(name: &str) -> Option<FileBuilder> {
-    transformers::shape(name).or_else(|| recurrent::shape(name)).or_else(|| encoders::shape(name))
+    build(name, None)
+}
+
+/// The same with so many layers: a model of that kind that is quick to write, load and mutate.
+pub fn shape_with_layers(name: &str, n_layers: u32) -> Option<FileBuilder> {
+    build(name, Some(n_layers))
+}
+
+fn build(name: &str, n_layers: Option<u32>) -> Option<FileBuilder> {
+    transformers::shape(name, n_layers)
+        .or_else(|| recurrent::shape(name, n_layers))
+        .or_else(|| encoders::shape(name, n_layers))
 }
 
 /// A file under construction: keys get the architecture's name in front, matrices one type.

@@ -3,12 +3,12 @@
 use super::Draft;
 use crate::gguf::{FileBuilder, GgmlType};
 
-pub(super) fn shape(name: &str) -> Option<FileBuilder> {
+pub(super) fn shape(name: &str, n_layers: Option<u32>) -> Option<FileBuilder> {
     let file = match name {
-        "mamba-2.8b-q8_0" => mamba(),
-        "mamba2-2.7b-q8_0" => mamba2(),
-        "jamba-mini-q4_0" => jamba(),
-        "granitehybrid-7b-q4_0" => granite_hybrid(),
+        "mamba-2.8b-q8_0" => mamba(n_layers),
+        "mamba2-2.7b-q8_0" => mamba2(n_layers),
+        "jamba-mini-q4_0" => jamba(n_layers),
+        "granitehybrid-7b-q4_0" => granite_hybrid(n_layers),
         _ => return None,
     };
     Some(file)
@@ -51,8 +51,9 @@ fn scan_layer(draft: &mut Draft, layer: u32, sizes: Scan, has_norms: bool) {
     }
 }
 
-fn mamba() -> FileBuilder {
-    let (n_layers, n_embd, n_vocab) = (64, 2560, 50_280);
+fn mamba(n_layers: Option<u32>) -> FileBuilder {
+    let (all_layers, n_embd, n_vocab) = (64, 2560, 50_280);
+    let n_layers = n_layers.unwrap_or(all_layers);
     let mut draft = Draft::new("mamba", GgmlType::Q8_0, n_layers, n_embd, n_vocab);
     scan_keys(&mut draft, [4, 5120, 16, 160]);
     draft.key("feed_forward_length", 0_u32);
@@ -80,8 +81,9 @@ fn scan2_layer(draft: &mut Draft, layer: u32, n_embd: u64, [d_inner, d_state, n_
     draft.matrix(&blk("ssm_out.weight"), &[d_inner, n_embd]);
 }
 
-fn mamba2() -> FileBuilder {
-    let (n_layers, n_embd, n_vocab) = (64, 2560, 50_288);
+fn mamba2(n_layers: Option<u32>) -> FileBuilder {
+    let (all_layers, n_embd, n_vocab) = (64, 2560, 50_288);
+    let n_layers = n_layers.unwrap_or(all_layers);
     let mut draft = Draft::new("mamba2", GgmlType::Q8_0, n_layers, n_embd, n_vocab);
     scan_keys(&mut draft, [4, 5120, 128, 80]);
     draft.key("ssm.group_count", 1_u32);
@@ -96,8 +98,9 @@ fn mamba2() -> FileBuilder {
 }
 
 /// One layer in eight attends; every other one has experts.
-fn jamba() -> FileBuilder {
-    let (n_layers, n_embd, n_vocab, n_ff) = (16, 2048, 65_536, 7168_u32);
+fn jamba(n_layers: Option<u32>) -> FileBuilder {
+    let (all_layers, n_embd, n_vocab, n_ff) = (16, 2048, 65_536, 7168_u32);
+    let n_layers = n_layers.unwrap_or(all_layers);
     let mut draft = Draft::new("jamba", GgmlType::Q4_0, n_layers, n_embd, n_vocab);
     scan_keys(&mut draft, [4, 4096, 16, 128]);
     draft.key("feed_forward_length", n_ff);
@@ -126,8 +129,9 @@ fn jamba() -> FileBuilder {
 }
 
 /// Second-generation layers, one in ten attends, experts with a shared one everywhere.
-fn granite_hybrid() -> FileBuilder {
-    let (n_layers, n_embd, n_vocab, n_ff) = (40, 1536, 100_352, 512_u32);
+fn granite_hybrid(n_layers: Option<u32>) -> FileBuilder {
+    let (all_layers, n_embd, n_vocab, n_ff) = (40, 1536, 100_352, 512_u32);
+    let n_layers = n_layers.unwrap_or(all_layers);
     let mut draft = Draft::new("granitehybrid", GgmlType::Q4_0, n_layers, n_embd, n_vocab);
     scan_keys(&mut draft, [4, 3072, 128, 48]);
     draft.key("ssm.group_count", 1_u32);

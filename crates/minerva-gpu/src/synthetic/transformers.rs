@@ -31,8 +31,12 @@ const fn sizes(
     Sizes { architecture, matrix_type, n_layers, n_embd, n_heads, n_kv_heads, head, n_ff, n_vocab, tied }
 }
 
-pub(super) fn shape(name: &str) -> Option<FileBuilder> {
+pub(super) fn shape(name: &str, n_layers: Option<u32>) -> Option<FileBuilder> {
     use GgmlType::{Q4_0, Q8_0};
+    let sizes = |architecture, matrix_type, layers_embd_ff, heads, vocab| {
+        let all = sizes(architecture, matrix_type, layers_embd_ff, heads, vocab);
+        Sizes { n_layers: n_layers.unwrap_or(all.n_layers), ..all }
+    };
     let file = match name {
         "llama2-7b-q4_0" => dense(sizes("llama", Q4_0, [32, 4096, 11008], [32, 32, 128], (32_000, false))),
         "llama3-8b-q8_0" => dense(sizes("llama", Q8_0, [32, 4096, 14336], [32, 8, 128], (128_256, false))),
