@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -16,7 +17,7 @@ use crate::workspace;
 pub(super) fn write(compiler: &Compiler, tools: &Tools, cache: &Path, model: &Path) -> anyhow::Result<()> {
     let path = workspace::setup_toml();
     let vars = variables(compiler, tools, cache, model);
-    let text = render(&vars);
+    let text = format!("{}{}\n", render(&vars), inputs()?);
     let old = fs::read_to_string(&path).unwrap_or_default();
     if old == text {
         return Ok(());
@@ -25,14 +26,32 @@ pub(super) fn write(compiler: &Compiler, tools: &Tools, cache: &Path, model: &Pa
     fs::write(&partial, &text).with_context(|| format!("cannot write {}", partial.display()))?;
     fs::rename(&partial, &path).with_context(|| format!("cannot write {}", path.display()))?;
 
-    let compiler_line = |text: &str| text.lines().find(|l| l.starts_with("CXX =")).map(str::to_owned);
-    if !old.is_empty() && compiler_line(&old) != compiler_line(&text) {
-        // cmake keeps the compiler it was configured with, and cargo does not watch it.
-        say("compiler", "changed: llama.cpp will be built again");
+    let lines = |text: &str| -> Vec<String> {
+        text.lines().filter(|l| l.starts_with("CXX =") || l.starts_with(INPUTS)).map(str::to_owned).collect()
+    };
+    if !old.is_empty() && lines(&old) != lines(&text) {
+        // cmake keeps what it was configured with, and cargo watches neither the compiler nor variables of `[env]`.
+        say("llama.cpp", "its compiler or settings changed: it will be built again");
         workspace::check(workspace::cargo().args(["clean", "--quiet", "-p", "llama-cpp-sys-2"]))?;
         workspace::check(workspace::cargo().args(["clean", "--quiet", "--release", "-p", "llama-cpp-sys-2"]))?;
     }
     Ok(())
+}
+
+/// Begins the line that names what llama.cpp was configured with.
+const INPUTS: &str = "# llama.cpp's settings: ";
+
+/// A fingerprint of everything in the repository that its build reads: `[env]` of `.cargo/config.toml` and `build/`.
+fn inputs() -> anyhow::Result<String> {
+    let mut files = vec![workspace::root().join(".cargo/config.toml")];
+    let build = fs::read_dir(workspace::root().join("build")).context("cannot read build/")?;
+    files.extend(build.filter_map(|entry| Some(entry.ok()?.path())));
+    files.sort();
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
+    }
+    Ok(format!("{INPUTS}{:016x}", hasher.finish()))
 }
 
 /// What builds cannot find out by themselves. A variable that the user sets is left to the user.
@@ -101,7 +120,7 @@ mod tests {
     #[test]
     fn values_are_quoted_for_toml() {
         let vars = BTreeMap::from([("B", "C:\\x \"y\"".to_owned()), ("A", "/a".to_owned())]);
-        let text = render(&vars);
+        let text = format!("{}{}\n", render(&vars), inputs()?);
         assert!(text.ends_with("[env]\nA = \"/a\"\nB = \"C:\\\\x \\\"y\\\"\"\n"), "{text}");
     }
 }
