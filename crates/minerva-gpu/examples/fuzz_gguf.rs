@@ -174,6 +174,24 @@ fn overwrite(input: &mut [u8], at: usize, bytes: &[u8]) {
 }
 
 /// Small files of every kind, for both drivers to start from.
+fn adapter(file: &mut FileBuilder) {
+    file.set("general.architecture", "llama")
+        .set("general.type", "adapter")
+        .set("adapter.type", "lora")
+        .set("adapter.lora.alpha", 16_f32)
+        .add_tensor("blk.0.attn_q.weight.lora_a", GgmlType::F32, &[64, 8])
+        .add_tensor("blk.0.attn_q.weight.lora_b", GgmlType::F32, &[8, 64]);
+}
+
+/// A few layers of each kind of model, which a plan is made for.
+fn small_models() -> impl Iterator<Item = (&'static str, FileBuilder)> {
+    synthetic::NAMES.into_iter().filter_map(|name| {
+        // Hybrids attend in one layer of several.
+        let n_layers = if name.starts_with("jamba") || name.starts_with("granite") { 6 } else { 2 };
+        Some((name, synthetic::shape_with_layers(name, n_layers)?))
+    })
+}
+
 fn write_corpus(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let write = |name: &str, build: &dyn Fn(&mut FileBuilder)| {
@@ -220,10 +238,8 @@ fn write_corpus(directory: &Path) -> io::Result<()> {
                 .set("tokenizer.ggml.precompiled_charsmap", vec![4_u8, 0, 0, 0, 1, 2, 3, 4, 5]);
         })?;
     }
-    // Two or three layers of each kind of model, which a plan is made for.
-    for name in synthetic::NAMES {
-        let n_layers = if name.starts_with("jamba") || name.starts_with("granite") { 6 } else { 2 };
-        write(name, &|file| *file = synthetic::shape_with_layers(name, n_layers).expect("a known name"))?;
+    for (name, shape) in small_models() {
+        write(name, &|file| *file = shape.clone())?;
     }
     write("every-value-type", &|file| {
         let scalars: [Value; 12] = [
@@ -267,14 +283,7 @@ fn write_corpus(directory: &Path) -> io::Result<()> {
             file.add_tensor(ggml_type.name(), ggml_type, &[ggml_type.block_elements() * 2, 3, 1, 1]);
         }
     })?;
-    write("adapter", &|file| {
-        file.set("general.architecture", "llama")
-            .set("general.type", "adapter")
-            .set("adapter.type", "lora")
-            .set("adapter.lora.alpha", 16_f32)
-            .add_tensor("blk.0.attn_q.weight.lora_a", GgmlType::F32, &[64, 8])
-            .add_tensor("blk.0.attn_q.weight.lora_b", GgmlType::F32, &[8, 64]);
-    })?;
+    write("adapter", &adapter)?;
     write("shard", &|file| {
         file.set("split.no", 1_u16).set("split.count", 3_u16).set("split.tensors.count", 7_i32);
         file.add_tensor("blk.1.ffn_up.weight", GgmlType::BF16, &[64, 64]);

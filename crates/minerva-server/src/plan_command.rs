@@ -97,13 +97,12 @@ fn plan(args: &Args) -> anyhow::Result<String> {
     }
     let engine = engine_config(&config, args)?;
     let threads = engine.n_threads.map_or_else(|| minerva_gpu::Machine::probe().cpu.threads, |n| n as usize);
-    let machine = match &args.device {
-        Some(machine) => machine.clone(),
-        None => {
-            let mut machine = Engine::machine(&engine)?;
-            machine.host.bandwidth = minerva_gpu::measure_host_bandwidth(threads);
-            machine
-        }
+    let machine = if let Some(machine) = &args.device {
+        machine.clone()
+    } else {
+        let mut machine = Engine::machine(&engine)?;
+        machine.host.bandwidth = minerva_gpu::measure_host_bandwidth(threads);
+        machine
     };
     let plan = Engine::plan(&engine, &machine)?;
     Ok(if args.json { format!("{:#}\n", as_json(&plan)) } else { plan.to_string() })

@@ -69,15 +69,15 @@ fn try_rung(
     planned: &Planned,
     rung: &Rung,
     report: &mut Report<'_>,
-) -> Result<(Loaded, ModelInfo), Failure> {
-    let failed = |error: LoadError| Failure::of(error, planned, rung);
+) -> Result<(Loaded, ModelInfo), Box<Failure>> {
+    let failed = |error: LoadError| Box::new(Failure::of(error, planned, rung));
     let (model, context) = (planned.model_params(config, rung), planned.context_params(config, rung));
     let simulation = Simulation::load(&config.model_path, &model).map_err(|error| failed(error.into()))?;
     let simulated = simulation.memory_bytes(&context).map_err(|error| failed(error.into()))?;
     drop(simulation);
     if let Some(text) = overfull(planned, rung, &simulated) {
         let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
-        return Err(Failure { error, text, is_out_of_memory: true, may_step_down: true });
+        return Err(Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true }));
     }
     let free_before = planned.machine.gpu.estimate_memory().map(|memory| memory.free_bytes);
     let status = planned.status(config, rung, &simulated);

@@ -144,9 +144,10 @@ impl Planned {
     }
 
     fn limit_bytes(&self, rung: &Rung) -> u64 {
-        match rung.is_cpu() {
-            true => self.plan.host.limit_bytes,
-            false => self.plan.devices.iter().map(|device| device.limit_bytes).sum(),
+        if rung.is_cpu() {
+            self.plan.host.limit_bytes
+        } else {
+            self.plan.devices.iter().map(|device| device.limit_bytes).sum()
         }
     }
 }
