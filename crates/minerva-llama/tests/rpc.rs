@@ -302,3 +302,30 @@ fn only_addresses_of_this_machine_are_loopback() {
         assert_eq!(RpcServer::new(address).is_loopback(), is_loopback, "{address}");
     }
 }
+
+/// Resident bytes, open files and threads of this process (Linux).
+fn held() -> (u64, usize, usize) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let rss =
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let count = |path: &str| std::fs::read_dir(path).map_or(0, Iterator::count);
+    (rss.unwrap_or(0) * 1024, count("/proc/self/fd"), count("/proc/self/task"))
+}
+
+#[test]
+fn loads_that_fail_again_and_again_leave_nothing_behind() {
+    let _turn = turn();
+    let n: usize = std::env::var("FAILING_LOADS").ok().and_then(|text| text.parse().ok()).unwrap_or(30);
+    let worker = Worker::with_memory_limit(Some(60 * MIB));
+    let params = on(&worker.add(), u32::MAX);
+    let fail = || load(&params).expect_err("92 MiB of weights do not fit in 60");
+    (0..5).for_each(|_| drop(fail()));
+    let before = held();
+    for _ in 0..n {
+        assert!(fail().to_string().contains("unable to allocate"), "the reason is the allocation");
+    }
+    let after = held();
+    println!("{n} failing loads: {before:?} -> {after:?} (resident bytes, files, threads)");
+    assert_eq!((before.1, before.2), (after.1, after.2), "open files and threads");
+    assert!(after.0 < before.0 + 16 * MIB, "{before:?} {after:?}");
+}

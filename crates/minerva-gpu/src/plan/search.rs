@@ -202,6 +202,14 @@ impl<'a> Search<'a> {
         Some(self.rung(draft, placement))
     }
 
+    /// What would be done if experts could not be left behind.
+    #[cfg(test)]
+    pub(super) fn best_with_whole_layers(&self) -> Option<Rung> {
+        let draft = self.first_draft().ok()?;
+        let fits = |n_fewer: u32| self.place_layers(&draft, self.wanted_layers() - n_fewer, 0);
+        Some(self.rung(&draft, first_that_fits(1, self.wanted_layers() - 1, fits)?))
+    }
+
     /// The last `n_layers` on devices, the experts of the first `n_experts_left` layers on the host.
     pub(super) fn place_layers(&self, draft: &Draft, n_layers: u32, n_experts_left: u32) -> Option<Placement> {
         let mut sizes = layer_bytes(self.model, &draft.settings);

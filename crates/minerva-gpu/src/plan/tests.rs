@@ -70,6 +70,35 @@ fn experts_leave_before_layers_do() {
 }
 
 #[test]
+fn at_a_part_of_the_room_experts_left_behind_are_faster_than_whole_layers_left_behind() {
+    for name in ["mixtral-8x7b-q4_0", "qwen3moe-30b-q4_0", "gpt-oss-20b-q4_0"] {
+        let model = shape(name);
+        let wishes = Wishes { n_sequences: Some(1), context_tokens: Some(4096), ..Wishes::default() };
+        let all = plan(&model, &wishes, &machine("cuda:200GiB,ram:256GiB")).unwrap();
+        let needed = all.best().estimate.devices[0].total_bytes();
+        for percent in [30, 50, 80] {
+            let device = PlanDevice {
+                limit_bytes: needed * percent / 100 + (500 << 20),
+                ..PlanDevice::empty("cuda", PlanDeviceKind::Cuda, 200 * GIB)
+            };
+            let machine = PlanMachine { devices: vec![device], host: PlanHost::empty(256 * GIB) };
+            let plan = plan(&model, &wishes, &machine).unwrap();
+            fits(&plan);
+            let best = plan.best();
+            assert_eq!(best.placement.n_gpu_layers(), model.n_layers + 1, "{name} at {percent} %: {plan}");
+            let n_cells = best.estimate.devices[0].cache_bytes;
+            assert_eq!((n_cells, best.estimate.host.cache_bytes), (all.best().estimate.devices[0].cache_bytes, 0));
+            let search = search::Search::new(&model, &wishes, &machine).unwrap();
+            let whole_layers = search.best_with_whole_layers().unwrap();
+            let (ours, theirs) = (best.speed.decode_tokens_per_second, whole_layers.speed.decode_tokens_per_second);
+            // Few large experts are nearly the whole layer: there is nothing to win.
+            let least = if name.starts_with("mixtral") { 0.98 * theirs } else { theirs };
+            assert!(ours > least, "{name} at {percent} %: {ours} against {theirs} tokens per second");
+        }
+    }
+}
+
+#[test]
 fn what_the_user_fixed_stays_and_what_was_given_up_is_said() {
     let model = shape("llama3-8b-q8_0");
     let fixed =
