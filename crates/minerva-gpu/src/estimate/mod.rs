@@ -10,6 +10,8 @@ mod model;
 mod placement;
 mod reading;
 mod settings;
+#[cfg(test)]
+mod tests;
 mod windows;
 
 use serde::{Deserialize, Serialize};

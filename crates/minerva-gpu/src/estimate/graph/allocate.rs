@@ -221,3 +221,49 @@ impl Memory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::Memory;
+
+    proptest! {
+        #[test]
+        fn live_tensors_never_overlap_and_all_that_is_freed_joins_again(
+            sizes in prop::collection::vec(1_u64..5_000, 1..60),
+            picks in prop::collection::vec(any::<u32>(), 60),
+        ) {
+            let mut memory = Memory::new(32);
+            let mut live: Vec<(u64, u64)> = Vec::new();
+            for (size, pick) in sizes.into_iter().zip(picks) {
+                let offset = memory.allocate(size);
+                let bytes = memory.padded(size);
+                prop_assert!(live.iter().all(|&(other, n)| offset + bytes <= other || other + n <= offset));
+                prop_assert!(offset + bytes <= memory.peak && offset.is_multiple_of(32));
+                live.push((offset, bytes));
+                if pick % 3 == 0 {
+                    let (offset, bytes) = live.swap_remove(pick as usize % live.len());
+                    memory.free(offset, bytes);
+                }
+            }
+            for (offset, bytes) in live {
+                memory.free(offset, bytes);
+            }
+            prop_assert_eq!(memory.holes.len(), 1);
+            prop_assert_eq!(memory.holes[0].offset, 0);
+        }
+    }
+
+    #[test]
+    fn the_smallest_hole_that_fits_is_taken_and_the_end_last() {
+        let mut memory = Memory::new(1);
+        let offsets: Vec<u64> = [100, 1, 50, 1].map(|bytes| memory.allocate(bytes)).to_vec();
+        memory.free(offsets[0], 100);
+        memory.free(offsets[2], 50);
+        assert_eq!(memory.allocate(40), offsets[2]);
+        assert_eq!(memory.allocate(60), offsets[0]);
+        assert_eq!(memory.allocate(200), 152);
+        assert_eq!(memory.peak, 352);
+    }
+}
