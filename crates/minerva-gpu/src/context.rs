@@ -3,10 +3,11 @@
 use crate::choice::{BuildBackends, DeviceChoice};
 use crate::device::{DeviceInfo, GpuDevice, MemoryKind};
 use crate::diagnosis::Diagnosis;
+use crate::driver::Driver;
 use crate::error::GpuError;
 use crate::machine::Machine;
 use crate::memory::{LimitSource, MemoryEstimate, share_percent};
-use crate::nvml::{Driver, DriverState, MemoryReading};
+use crate::nvml::{DriverState, MemoryReading};
 use crate::ram::SystemMemory;
 use crate::select::{Selection, select};
 
@@ -76,7 +77,8 @@ impl GpuContext {
             MemoryKind::Unified => device.free_bytes = SystemMemory::read().free_bytes,
             MemoryKind::Discrete => {}
         }
-        if device.kind == GpuDevice::Cuda {
+        // A device that only its backend knows has no memory that NVML could read: what was free at the start stands.
+        if device.kind == GpuDevice::Cuda && device.nvml_index.is_some() {
             self.ask_driver(&mut device)?;
         }
         let limit_source = match self.options.memory_limit_bytes {
@@ -130,7 +132,7 @@ impl GpuContext {
         let lost = |reason: String| GpuError::DeviceLost { device: device.title(), reason };
         let driver = self.driver.as_ref().map_err(|state| lost(state.to_string()))?;
         match driver.memory(device.uuid.as_deref(), device.nvml_index.unwrap_or(0)) {
-            MemoryReading::Bytes { free, .. } => device.free_bytes = free,
+            MemoryReading::Bytes { free, .. } => device.free_bytes = free.min(device.total_bytes),
             MemoryReading::NotAvailable => {}
             MemoryReading::Failed(reason) => return Err(lost(reason)),
         }

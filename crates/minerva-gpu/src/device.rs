@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::findings::MEMORY_UNKNOWN;
 use crate::memory::{default_limit_bytes, format_bytes};
 use crate::nvml::{MIN_DRIVER_MAJOR, MemoryReading, RawGpu, Snapshot};
 use crate::ram::SystemMemory;
@@ -209,7 +210,7 @@ fn describe(snapshot: &Snapshot, gpu: &RawGpu, mig: Option<usize>, ram: &SystemM
         .map(|error| format!("the driver cannot open it: {error}; `nvidia-smi` and the kernel log say more"))
         .or_else(|| too_old(snapshot.driver_version.as_deref(), compute_capability))
         .or_else(|| match memory {
-            MemoryReading::Failed(error) => Some(format!("its memory cannot be read: {error}")),
+            MemoryReading::Failed(error) => Some(format!("{MEMORY_UNKNOWN}: {error}")),
             _ => None,
         });
     DeviceInfo {
@@ -255,7 +256,7 @@ mod tests {
     };
 
     fn probe(driver: &str, gpus: Vec<RawGpu>, variable: Option<&str>) -> Vec<DeviceInfo> {
-        let snapshot = Snapshot { driver_version: Some(driver.to_owned()), cuda_version: None, gpus };
+        let snapshot = Snapshot { driver_version: Some(driver.to_owned()), cuda_version: None, gpus, doubts: vec![] };
         cuda_devices(&snapshot, variable, DeviceOrder::PciBusId, &RAM).0
     }
 

@@ -74,6 +74,10 @@ impl fmt::Display for Diagnosis {
         section(f, "Devices")?;
         device_table(f, self)?;
 
+        for doubt in &m.doubts {
+            writeln!(f, "     {doubt}")?;
+        }
+
         section(f, "NVIDIA")?;
         line(f, "driver", &m.driver.to_string())?;
         let on_bus = if m.nvidia_pci.is_empty() { "none".to_owned() } else { m.nvidia_pci.join(", ") };

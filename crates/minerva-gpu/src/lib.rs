@@ -9,6 +9,7 @@
 //! - Without a driver, without `/proc`, in any container: there is an answer, and it says what is missing.
 //! - A GPU that was asked for by name is used or is an error; only `auto` falls back, and it says why.
 //! - `cuda:N` counts as CUDA counts in this process. Devices are matched by UUID or PCI address, never by number.
+//! - A driver that hangs, fails or lies costs a reason in the answer, and at most a few seconds once per process.
 //! - Free memory counts the page cache as free and stays below every limit of the control groups.
 // Raw strings in tests are as expect-test writes them.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::needless_raw_string_hashes))]
@@ -21,8 +22,10 @@ mod context;
 mod cpu;
 mod device;
 mod diagnosis;
+mod driver;
 mod error;
 pub mod estimate;
+pub mod findings;
 pub mod gguf;
 mod machine;
 mod memory;

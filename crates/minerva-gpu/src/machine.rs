@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::CgroupLimits;
 use crate::cpu::CpuInfo;
 use crate::device::{DeviceInfo, GpuDevice, cuda_devices};
-use crate::nvml::{Driver, DriverState, Snapshot, pci_addresses};
+use crate::driver::Driver;
+use crate::findings::{self, DeviceFault};
+use crate::nvml::{DriverState, Snapshot, pci_addresses};
 use crate::ram::SystemMemory;
 use crate::visible::DeviceOrder;
 
@@ -35,6 +37,10 @@ pub struct Machine {
     pub memory: SystemMemory,
     /// Container limits.
     pub cgroup: CgroupLimits,
+    /// Devices and whole backends that failed when they were tried; each device's `unusable` says so too.
+    pub faults: Vec<DeviceFault>,
+    /// What the driver said that cannot be, and where its list and CUDA's differ.
+    pub doubts: Vec<String>,
 }
 
 impl Machine {
@@ -53,15 +59,15 @@ impl Machine {
         let memory = SystemMemory::read_under(root, &cgroup);
         let cpu = CpuInfo::read_under(root, &cgroup);
 
-        let (driver, snapshot) = match driver {
-            Ok(driver) => {
-                let snapshot = driver.snapshot();
+        let (driver, snapshot) = match driver.map(Driver::snapshot) {
+            Ok(Ok(snapshot)) => {
                 let state = DriverState::Ready {
                     driver_version: snapshot.driver_version.clone(),
                     cuda_version: snapshot.cuda_version.clone(),
                 };
                 (state, snapshot)
             }
+            Ok(Err(state)) => (state, Snapshot::default()),
             Err(state) => (state.clone(), Snapshot::default()),
         };
         let (mut devices, visibility_note) =
@@ -69,6 +75,9 @@ impl Machine {
         #[cfg(target_os = "macos")]
         devices.extend(crate::metal::probe(&cpu, &memory));
         devices.push(DeviceInfo::cpu(&cpu.model, &memory));
+        let findings = findings::current();
+        let mut doubts = snapshot.doubts;
+        doubts.extend(findings.apply(&mut devices, &memory));
         Self {
             os: env::consts::OS.to_owned(),
             devices,
@@ -80,12 +89,19 @@ impl Machine {
             cpu,
             memory,
             cgroup,
+            faults: findings.faults,
+            doubts,
         }
     }
 
     /// Position of the CPU in [`devices`](Self::devices); every machine has it.
     pub(crate) fn cpu_position(&self) -> usize {
         self.devices.iter().rposition(|d| d.kind == GpuDevice::Cpu).unwrap_or(0)
+    }
+
+    /// The fault that takes out every device of `kind`, if there is one.
+    pub(crate) fn fault_of_all(&self, kind: GpuDevice) -> Option<&DeviceFault> {
+        self.faults.iter().find(|fault| fault.kind == kind && fault.name.is_none())
     }
 
     /// Why there is no NVIDIA GPU, and what to do.

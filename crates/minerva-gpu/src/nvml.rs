@@ -1,10 +1,12 @@
 //! NVIDIA's GPUs, through the driver's own library (NVML), which is loaded at run time.
 //!
 //! The one module that talks to the driver. No CUDA is needed to build it, and a machine without a driver is a state with an
-//! explanation ([`DriverState`]), not an error.
+//! explanation ([`DriverState`]), not an error. Any call in here may hang for good, so nobody but [`Driver`](crate::driver)
+//! makes one, from a thread that can be left behind. What the driver says is checked before it is believed.
 
 use std::fmt;
 use std::path::Path;
+use std::time::Duration;
 
 use nvml_wrapper::enum_wrappers::device::Clock;
 use nvml_wrapper::error::{NvmlError, nvml_try};
@@ -41,6 +43,16 @@ pub enum DriverState {
     VersionMismatch,
     /// This user or this container may not open the GPU.
     NoPermission,
+    /// A call into it did not return. It is not asked again in this process.
+    NoAnswer {
+        /// How long was waited.
+        waited_ms: u64,
+    },
+    /// It ended the process that tried it first, so this one leaves it alone.
+    NotTried {
+        /// What happened there.
+        detail: String,
+    },
     /// Anything else.
     Failed {
         /// What the driver said.
@@ -68,6 +80,14 @@ impl fmt::Display for DriverState {
             Self::NoPermission => f.write_str(
                 "the NVIDIA driver refuses access: check the permissions of /dev/nvidia* and the container's device list",
             ),
+            Self::NoAnswer { waited_ms } => write!(
+                f,
+                "the NVIDIA driver did not answer within {:.1} s: look for `Xid` in the kernel log, reset the GPU (`sudo nvidia-smi --gpu-reset`) or reboot",
+                Duration::from_millis(*waited_ms).as_secs_f64()
+            ),
+            Self::NotTried { detail } => {
+                write!(f, "the NVIDIA driver library is left alone ({detail}): reinstall the driver, then reboot")
+            }
             Self::Failed { detail } => write!(
                 f,
                 "the NVIDIA driver does not answer ({detail}): if `nvidia-smi` fails too, reboot; restart a container whose GPU went away"
@@ -131,13 +151,21 @@ pub(crate) struct Snapshot {
     pub(crate) driver_version: Option<String>,
     pub(crate) cuda_version: Option<String>,
     pub(crate) gpus: Vec<RawGpu>,
+    /// What it said that cannot be.
+    pub(crate) doubts: Vec<String>,
 }
 
-/// The open driver library. Kept open: closing the last one lets an idle GPU power down, and waking it takes seconds.
-#[derive(Debug)]
-pub(crate) struct Driver(Nvml);
+/// More GPUs than any machine has; a driver that counts more is not believed.
+const MOST_GPUS: u32 = 256;
 
-impl Driver {
+/// More memory than any device has.
+const MOST_BYTES: u64 = 1 << 44;
+
+/// The open driver library. Each call may hang.
+#[derive(Debug)]
+pub(crate) struct Library(Nvml);
+
+impl Library {
     /// Loads the library from its usual places.
     pub(crate) fn open() -> Result<Self, DriverState> {
         let first = Nvml::init().map(Self).map_err(DriverState::from);
@@ -148,15 +176,23 @@ impl Driver {
         others.find(|driver| !matches!(driver, Err(DriverState::LibraryMissing))).unwrap_or(first)
     }
 
-    fn open_at(path: &Path) -> Result<Self, DriverState> {
+    pub(crate) fn open_at(path: &Path) -> Result<Self, DriverState> {
         Ok(Self(Nvml::builder().lib_path(path.as_os_str()).init()?))
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
-        let count = self.0.device_count().unwrap_or_else(|error| {
-            tracing::warn!(%error, "NVML cannot count the GPUs");
-            0
-        });
+        let mut doubts = Vec::new();
+        let count = match self.0.device_count() {
+            Ok(count) if count > MOST_GPUS => {
+                doubts.push(format!("the NVIDIA driver counts {count} GPUs, which cannot be: none of them is used"));
+                0
+            }
+            Ok(count) => count,
+            Err(error) => {
+                doubts.push(format!("the NVIDIA driver cannot count its GPUs: {error}; `nvidia-smi` says more"));
+                0
+            }
+        };
         let cuda = self.0.sys_cuda_driver_version().ok();
         let mut gpus: Vec<_> = (0..count).map(|index| self.gpu(index)).collect();
         gpus.sort_by_key(|gpu| (gpu.pci_bus_id.is_none(), gpu.pci_bus_id.clone(), gpu.nvml_index));
@@ -164,6 +200,7 @@ impl Driver {
             driver_version: self.0.sys_driver_version().ok(),
             cuda_version: cuda.map(|v| format!("{}.{}", cuda_driver_version_major(v), cuda_driver_version_minor(v))),
             gpus,
+            doubts,
         }
     }
 
@@ -242,9 +279,23 @@ fn read_memory(nvml: &Nvml, device: &Device<'_>) -> MemoryReading {
         }),
     };
     match reading {
-        Ok((0, _)) | Err(NvmlError::NotSupported) => MemoryReading::NotAvailable,
-        Ok((total, free)) => MemoryReading::Bytes { total, free },
+        Ok((total, free)) => believable(total, free),
+        Err(NvmlError::NotSupported) => MemoryReading::NotAvailable,
         Err(error) => MemoryReading::Failed(error.to_string()),
+    }
+}
+
+/// A plan built on a wrong size would fail late and far from its cause.
+fn believable(total: u64, free: u64) -> MemoryReading {
+    let amount = crate::format_bytes;
+    if total == 0 {
+        MemoryReading::Failed("the driver says that it has none".to_owned())
+    } else if free > total {
+        MemoryReading::Failed(format!("the driver says that {} of {} are free", amount(free), amount(total)))
+    } else if total > MOST_BYTES {
+        MemoryReading::Failed(format!("the driver says that it has {}", amount(total)))
+    } else {
+        MemoryReading::Bytes { total, free }
     }
 }
 
@@ -293,37 +344,25 @@ pub(crate) fn pci_addresses(root: &Path) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::FakeRoot;
+    use crate::testing::{FakeLibrary, FakeRoot};
 
     #[test]
     fn a_machine_without_a_driver_is_a_state_that_says_what_to_do() {
-        let state = Driver::open_at(Path::new("/nonexistent/libnvidia-ml.so.1")).unwrap_err();
+        let state = Library::open_at(Path::new("/nonexistent/libnvidia-ml.so.1")).unwrap_err();
         assert_eq!(state, DriverState::LibraryMissing);
         assert!(state.to_string().contains("install driver 470 or newer"));
         assert!(state.to_string().contains("--gpus all"));
     }
 
-    /// Builds `tests/fake/nvml.rs` with these options and loads it. The folder must live as long as the driver.
-    fn fake(options: &[&str], env: &[(&str, &str)]) -> (Result<Driver, DriverState>, tempfile::TempDir) {
-        let folder = tempfile::tempdir().unwrap();
-        let library = folder.path().join("libnvidia-ml.so.1");
-        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
-        let status = std::process::Command::new(rustc)
-            .args(["--edition=2024", "--crate-type=cdylib", "--crate-name=nvml"])
-            .args(["-Cpanic=abort", "-Aunexpected_cfgs", "-o"])
-            .arg(&library)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake/nvml.rs"))
-            .args(options)
-            .envs(env.iter().copied())
-            .status()
-            .unwrap();
-        assert!(status.success());
-        (Driver::open_at(&library), folder)
+    /// The fake driver, opened without a deadline.
+    fn fake(options: &[&str], env: &[(&str, &str)]) -> (Result<Library, DriverState>, FakeLibrary) {
+        let fake = FakeLibrary::build(options, env);
+        (Library::open_at(&fake.path()), fake)
     }
 
     #[test]
     fn a_driver_library_is_loaded_and_read() {
-        let (driver, _folder) = fake(&[], &[]);
+        let (driver, _library) = fake(&[], &[]);
         let driver = driver.unwrap();
         let seen = driver.snapshot();
         assert_eq!(seen.driver_version.as_deref(), Some("535.104.05"));
@@ -356,7 +395,7 @@ mod tests {
 
     #[test]
     fn drivers_before_510_are_asked_by_the_first_memory_query() {
-        let (driver, _folder) = fake(&["--cfg=old"], &[("FAKE_DRIVER", "470.42.01")]);
+        let (driver, _library) = fake(&["--cfg=old"], &[("FAKE_DRIVER", "470.42.01")]);
         let seen = driver.unwrap().snapshot();
         assert_eq!(seen.driver_version.as_deref(), Some("470.42.01"));
         let (total, free) = (80 << 30, 79 << 30);
@@ -371,14 +410,42 @@ mod tests {
             ("18", DriverState::VersionMismatch, "reboot"),
             ("4", DriverState::NoPermission, "/dev/nvidia*"),
         ] {
-            let (driver, _folder) = fake(&[], &[("FAKE_INIT", code)]);
+            let (driver, _library) = fake(&[], &[("FAKE_INIT", code)]);
             let seen = driver.unwrap_err();
             assert_eq!(seen, state);
             assert!(seen.to_string().contains(advice), "{seen}");
         }
-        let (driver, _folder) = fake(&[], &[("FAKE_INIT", "999")]);
+        let (driver, _library) = fake(&[], &[("FAKE_INIT", "999")]);
         let seen = driver.unwrap_err().to_string();
         assert!(seen.contains("an internal driver error"), "{seen}");
+    }
+
+    #[test]
+    fn a_driver_that_lies_is_not_believed() {
+        for (lie, words) in [
+            ("zero", "the driver says that it has none"),
+            ("free", "81.0 GiB of 80.0 GiB are free"),
+            ("huge", "the driver says that it has 1048576.0 TiB"),
+        ] {
+            let (driver, _library) = fake(&[], &[("FAKE_LIE", lie)]);
+            match &driver.unwrap().snapshot().gpus[1].memory {
+                MemoryReading::Failed(text) => assert!(text.contains(words), "{text}"),
+                believed => panic!("{lie}: {believed:?}"),
+            }
+        }
+        let (driver, _library) = fake(&[], &[("FAKE_LIE", "count")]);
+        let seen = driver.unwrap().snapshot();
+        assert!(seen.gpus.is_empty() && seen.doubts[0].contains("counts 4000000000 GPUs"), "{:?}", seen.doubts);
+    }
+
+    #[test]
+    fn a_driver_that_returns_errors_says_which() {
+        let (driver, _library) = fake(&[], &[("FAKE_ERROR", "count")]);
+        let seen = driver.unwrap().snapshot();
+        assert!(seen.gpus.is_empty() && seen.doubts[0].contains("cannot count its GPUs"), "{:?}", seen.doubts);
+        let (driver, _library) = fake(&[], &[("FAKE_ERROR", "memory")]);
+        let gpus = driver.unwrap().snapshot().gpus;
+        assert!(matches!(&gpus[1].memory, MemoryReading::Failed(text) if text.contains("internal")), "{gpus:?}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::choice::{BuildBackends, DeviceChoice};
 use crate::device::{DeviceInfo, GpuDevice};
 use crate::error::GpuError;
+use crate::findings::DeviceFault;
 use crate::machine::Machine;
 
 /// The outcome of a selection.
@@ -50,6 +51,9 @@ fn metal(machine: &Machine, choice: DeviceChoice, build: BuildBackends) -> Resul
         let why = format!("Metal exists on macOS only and this is {}: use `--gpu=auto`", machine.os);
         return Err(GpuError::NotFound { choice, why });
     }
+    if let Some(fault) = machine.fault_of_all(GpuDevice::Metal) {
+        return Err(broken_backend(choice, "Metal", fault));
+    }
     if !build.metal {
         return Err(not_in_build(choice, GpuDevice::Metal));
     }
@@ -60,6 +64,10 @@ fn metal(machine: &Machine, choice: DeviceChoice, build: BuildBackends) -> Resul
 }
 
 fn cuda(machine: &Machine, choice: DeviceChoice, index: Option<u32>, build: BuildBackends) -> Result<usize, GpuError> {
+    // Before the build: a module that crashed was not loaded, and then the build seems to have none.
+    if let Some(fault) = machine.fault_of_all(GpuDevice::Cuda) {
+        return Err(broken_backend(choice, "CUDA", fault));
+    }
     if !build.cuda {
         return Err(not_in_build(choice, GpuDevice::Cuda));
     }
@@ -87,6 +95,10 @@ fn not_in_build(choice: DeviceChoice, kind: GpuDevice) -> GpuError {
     GpuError::NotInBuild { choice, backend, feature, needs }
 }
 
+fn broken_backend(choice: DeviceChoice, backend: &str, fault: &DeviceFault) -> GpuError {
+    GpuError::Unusable { choice, device: format!("the {backend} backend"), reason: fault.reason.clone() }
+}
+
 fn unusable(choice: DeviceChoice, device: &DeviceInfo) -> GpuError {
     GpuError::Unusable { choice, device: device.title(), reason: device.unusable.clone().unwrap_or_default() }
 }
@@ -112,6 +124,13 @@ fn why_no_gpu(machine: &Machine, build: BuildBackends) -> String {
         return format!("{} is there, but this build has only {build}: {cure}", device.title());
     }
     let broken = machine.devices.iter().find_map(|d| Some((d, d.unusable.as_ref()?)));
+    if broken.is_none() {
+        for (kind, backend) in [(GpuDevice::Cuda, "CUDA"), (GpuDevice::Metal, "Metal")] {
+            if let Some(fault) = machine.fault_of_all(kind) {
+                return format!("the {backend} backend cannot be used: {}", fault.reason);
+            }
+        }
+    }
     match broken {
         Some((device, reason)) => format!("{} cannot be used: {reason}", device.title()),
         None if machine.os == "macos" => "this Mac has neither Apple Silicon nor an AMD GPU with Metal".to_owned(),
@@ -152,6 +171,7 @@ pub(crate) mod tests {
             driver_version: Some("535.104.05".to_owned()),
             cuda_version: Some("12.2".to_owned()),
             gpus: gpus.unwrap_or_default(),
+            doubts: vec![],
         };
         let (mut devices, visibility_note) =
             crate::device::cuda_devices(&snapshot, visible, DeviceOrder::PciBusId, &memory);
@@ -167,6 +187,8 @@ pub(crate) mod tests {
             cpu: crate::cpu::CpuInfo::default(),
             memory,
             cgroup: crate::cgroup::CgroupLimits::default(),
+            faults: vec![],
+            doubts: vec![],
         }
     }
 
@@ -233,6 +255,22 @@ pub(crate) mod tests {
         assert!(fallback(&on_the_bus, CUDA).contains("NVIDIA GPU at 0000:65:00.0 has no working driver"));
         assert!(fallback(&mac(true), CPU).contains("`--features metal`"));
         assert!(fallback(&mac(false), BuildBackends::ALL).contains("neither Apple Silicon"));
+    }
+
+    #[test]
+    fn a_backend_that_failed_is_the_reason_even_if_the_build_then_seems_to_have_none() {
+        let mut broken = machine(Some(vec![gpu(0)]), None);
+        let reason = "its module crashed while it was loaded".to_owned();
+        broken.devices[0].unusable = Some(reason.clone());
+        broken.faults = vec![DeviceFault { name: None, kind: GpuDevice::Cuda, reason }];
+        for build in [CUDA, CPU] {
+            let text = refusal(&broken, "cuda", build);
+            assert!(text.contains("the CUDA backend cannot be used: its module crashed"), "{text}");
+            assert!(fallback(&broken, build).contains("its module crashed"));
+        }
+        // The driver hangs too, so there is no device to say it of.
+        broken.devices.remove(0);
+        assert!(fallback(&broken, CPU).contains("the CUDA backend cannot be used: its module crashed"));
     }
 
     #[test]

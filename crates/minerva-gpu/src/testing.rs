@@ -1,7 +1,8 @@
 //! What the tests of several modules share: a fake root folder, and GPUs that are not there.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::nvml::{MemoryReading, RawGpu};
 
@@ -21,6 +22,31 @@ impl FakeRoot {
         let file = self.0.path().join(name);
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         fs::write(file, text).unwrap();
+    }
+}
+
+/// `tests/fake/nvml.rs`, built with these options. The file must live as long as what is loaded from it.
+pub(crate) struct FakeLibrary(tempfile::TempDir);
+
+impl FakeLibrary {
+    pub(crate) fn build(options: &[&str], env: &[(&str, &str)]) -> Self {
+        let library = Self(tempfile::tempdir().unwrap());
+        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+        let status = Command::new(rustc)
+            .args(["--edition=2024", "--crate-type=cdylib", "--crate-name=nvml"])
+            .args(["-Cpanic=abort", "-Aunexpected_cfgs", "-o"])
+            .arg(library.path())
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake/nvml.rs"))
+            .args(options)
+            .envs(env.iter().copied())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        library
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.path().join("libnvidia-ml.so.1")
     }
 }
 

@@ -3,11 +3,14 @@
 //!
 //! 0 is an H100, 1 a GB10 with unified memory, 2 has fallen off the bus, 3 is an A100 with two MIG instances.
 //! Environment of the build: `FAKE_INIT` is the code that `nvmlInit` returns, `FAKE_DRIVER` the driver's version; drivers
-//! before 510 lack the second memory query, `--cfg old` leaves it out.
+//! before 510 lack the second memory query, `--cfg old` leaves it out. `FAKE_HANG` (`init`, `name`, `memory`) is the call that
+//! never returns, `FAKE_ERROR` (`count`, `memory`) the one that fails, `FAKE_LIE` (`zero`, `free`, `huge`, `count`) what the
+//! H100's memory or the number of GPUs is claimed to be.
 #![allow(non_snake_case)]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong};
 
+const UNKNOWN: c_uint = 999;
 const NOT_SUPPORTED: c_uint = 3;
 const NOT_FOUND: c_uint = 6;
 const GPU_IS_LOST: c_uint = 15;
@@ -54,8 +57,21 @@ unsafe fn put(text: &str, to: *mut c_char) -> c_uint {
     0
 }
 
+fn hang_in(call: &str) {
+    while option_env!("FAKE_HANG") == Some(call) {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
+
 /// Total and free bytes; `None` is NVML's "N/A".
 fn memory(handle: Handle) -> Option<(c_ulonglong, c_ulonglong)> {
+    hang_in("memory");
+    match (handle, option_env!("FAKE_LIE")) {
+        (1, Some("zero")) => return Some((0, 0)),
+        (1, Some("free")) => return Some((80 * GIB, 81 * GIB)),
+        (1, Some("huge")) => return Some((1 << 60, 1 << 59)),
+        _ => {}
+    }
     match handle {
         1 => Some((80 * GIB, 79 * GIB)),
         4 => Some((40 * GIB, 30 * GIB)),
@@ -67,6 +83,7 @@ fn memory(handle: Handle) -> Option<(c_ulonglong, c_ulonglong)> {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn nvmlInit_v2() -> c_uint {
+    hang_in("init");
     option_env!("FAKE_INIT").map_or(0, |code| code.parse().unwrap())
 }
 #[unsafe(no_mangle)]
@@ -86,8 +103,12 @@ pub unsafe extern "C" fn nvmlSystemGetCudaDriverVersion_v2(to: *mut c_int) -> c_
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetCount_v2(to: *mut c_uint) -> c_uint {
+    if option_env!("FAKE_ERROR") == Some("count") {
+        return UNKNOWN;
+    }
+    let count = if option_env!("FAKE_LIE") == Some("count") { 4_000_000_000 } else { 4 };
     // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
-    unsafe { *to = 4 };
+    unsafe { *to = count };
     0
 }
 #[unsafe(no_mangle)]
@@ -112,6 +133,7 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByUUID(uuid: *const c_char, to: *mut
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetName(handle: Handle, to: *mut c_char, _: c_uint) -> c_uint {
+    hang_in("name");
     let name = match handle {
         1 => "NVIDIA H100 80GB HBM3",
         2 => "NVIDIA GB10",
@@ -153,21 +175,27 @@ pub unsafe extern "C" fn nvmlDeviceGetCudaComputeCapability(
 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo(handle: Handle, to: *mut MemoryV1) -> c_uint {
+    if option_env!("FAKE_ERROR") == Some("memory") {
+        return UNKNOWN;
+    }
     let Some((total, free)) = memory(handle) else {
         return NOT_SUPPORTED;
     };
     // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
-    unsafe { *to = MemoryV1 { total, free, used: total - free } };
+    unsafe { *to = MemoryV1 { total, free, used: total.saturating_sub(free) } };
     0
 }
 #[cfg(not(old))]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(handle: Handle, to: *mut MemoryV2) -> c_uint {
+    if option_env!("FAKE_ERROR") == Some("memory") {
+        return UNKNOWN;
+    }
     let Some((total, free)) = memory(handle) else {
         return NOT_SUPPORTED;
     };
     // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
-    unsafe { *to = MemoryV2 { version: 2, total, reserved: 0, free, used: total - free } };
+    unsafe { *to = MemoryV2 { version: 2, total, reserved: 0, free, used: total.saturating_sub(free) } };
     0
 }
 #[unsafe(no_mangle)]
