@@ -6,6 +6,8 @@ use minerva_gpu::DeviceChoice;
 use minerva_llama::RpcServer;
 use serde::{Deserialize, Serialize};
 
+use crate::probe::ProbeConfig;
+
 /// How to load a model and how much of the machine to give it. Fields that are `None` are chosen by the engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -58,6 +60,9 @@ pub struct EngineConfig {
     pub max_queued_tokens: usize,
     /// A chat template to use in place of the model's.
     pub chat_template: Option<String>,
+    /// Try devices in a child process before this one touches them. `None`: whatever crashes when it is touched takes this
+    /// process along.
+    pub probe: Option<ProbeConfig>,
 }
 
 impl Default for EngineConfig {
@@ -87,6 +92,7 @@ impl Default for EngineConfig {
             max_queued_requests: 256,
             max_queued_tokens: 1 << 20,
             chat_template: None,
+            probe: None,
         }
     }
 }

@@ -70,6 +70,12 @@ pub enum LoadError {
     /// An RPC server cannot be used.
     #[error(transparent)]
     Rpc(#[from] minerva_llama::RpcError),
+    /// No device works, or none may be touched: the probe's findings.
+    #[error("nothing here can run a model: {reason}")]
+    NothingWorks {
+        /// Each thing that was tried, what happened, and what to do.
+        reason: String,
+    },
     /// llama.cpp could not load the model.
     #[error("cannot load the model")]
     Llama(#[from] minerva_llama::LoadError),

@@ -33,6 +33,7 @@ mod cache;
 pub mod compat;
 pub mod decoder;
 mod llama;
+pub mod probe;
 pub mod sampler;
 pub mod scheduler;
 pub mod sim;

@@ -16,6 +16,7 @@
 #![deny(unsafe_code)] // but for the one query in `nvml` that old drivers demand
 
 mod bandwidth;
+mod boot;
 mod cgroup;
 mod choice;
 mod context;
@@ -41,6 +42,7 @@ mod testing;
 mod visible;
 
 pub use bandwidth::measure_host_bandwidth;
+pub use boot::hardware_fingerprint;
 pub use cgroup::CgroupLimits;
 pub use choice::{BuildBackends, DeviceChoice, ParseChoiceError};
 pub use context::{GpuContext, GpuOptions};

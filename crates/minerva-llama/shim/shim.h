@@ -79,6 +79,20 @@ int mnv_rpc_add(void * add_server, const char * endpoint, ggml_backend_reg_t * o
 int mnv_rpc_serve(void * start_server, const char * endpoint, size_t n_threads, size_t n_devices, ggml_backend_dev_t * devices,
                   struct mnv_error * error);
 
+// How well a backend module fits this machine: 0 does not run here, -1 has no opinion. Loads the file, so that whatever its
+// constructors do happens here, and lets go of it. MNV_NULL when the system's loader refuses it; the text says why.
+int mnv_module_score(const char * path, int * score, struct mnv_error * error);
+
+struct mnv_trial;
+
+// A small product on one device, in steps: whoever calls can say which of them was under way when the process ended. With
+// `repacked` its weights lie in the first buffer type for repacked weights. `out` receives null when the device or the buffer
+// type does not compute such a product.
+int  mnv_trial_new(ggml_backend_dev_t device, bool repacked, struct mnv_trial ** out, struct mnv_error * error);
+// `distance` receives the normalised mean squared distance to the product computed with doubles; NaN when a value is one.
+int  mnv_trial_run(struct mnv_trial * trial, double * distance, struct mnv_error * error);
+void mnv_trial_free(struct mnv_trial * trial);
+
 void mnv_string_free(char * string);
 
 #ifdef __cplusplus

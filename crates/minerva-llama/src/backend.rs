@@ -1,12 +1,13 @@
 //! The library as a whole: one-time start, its devices, and what this build of it can do.
 
 use std::ffi::{CStr, c_char, c_void};
-use std::mem;
+use std::mem::{self, MaybeUninit};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{log, rpc, sys};
+use crate::{log, modules, rpc, sys};
 
 /// What kind of device ggml says it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,8 @@ pub struct Device {
     pub free_bytes: u64,
     /// All memory in bytes.
     pub total_bytes: u64,
+    /// `0000:65:00.0`, where the backend tells. Match devices with other lists by this, never by number.
+    pub pci_bus_id: Option<String>,
 }
 
 /// Starts llama.cpp once: routes its log, loads backend modules where the build has them, initialises it.
@@ -44,36 +47,10 @@ pub fn init() {
     static START: Once = Once::new();
     START.call_once(|| {
         log::install();
-        #[cfg(feature = "dynamic-backends")]
-        load_backend_modules();
+        modules::load();
         // SAFETY: no preconditions; done once, before every other call.
         unsafe { sys::llama_backend_init() };
     });
-}
-
-/// Loads the best CPU module and every other module of the folder that has them; the log names each.
-#[cfg(feature = "dynamic-backends")]
-fn load_backend_modules() {
-    let Some(folder) = module_folder() else {
-        tracing::error!("no folder with llama.cpp's modules: this build needs lib/minerva beside the program's folder");
-        return;
-    };
-    let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_encoded_bytes()) else { return };
-    // SAFETY: a NUL-terminated path; ggml tries the files it knows the names of and skips what does not load.
-    unsafe { sys::ggml_backend_load_all_from_path(path.as_ptr()) };
-}
-
-/// `MINERVA_BACKENDS_DIR`, or `../lib/minerva` from the program as the bundle has it, or where this build put them.
-#[cfg(feature = "dynamic-backends")]
-fn module_folder() -> Option<std::path::PathBuf> {
-    if let Some(folder) = std::env::var_os("MINERVA_BACKENDS_DIR").filter(|folder| !folder.is_empty()) {
-        return Some(folder.into());
-    }
-    let program = std::env::current_exe().ok();
-    let in_bundle = program.and_then(|program| Some(program.parent()?.parent()?.join("lib").join("minerva")));
-    // A bundle must not name a folder of the machine that built it.
-    let in_build = if cfg!(minerva_bundle) { None } else { sys::BACKENDS_DIR.map(std::path::PathBuf::from) };
-    [in_bundle, in_build].into_iter().flatten().find(|folder| folder.is_dir())
 }
 
 /// Over ggml's lists of backends and devices, which have no lock of their own: held for writing while devices are added.
@@ -101,6 +78,26 @@ pub(crate) fn n_devices() -> usize {
     unsafe { sys::ggml_backend_dev_count() }
 }
 
+/// Names of devices that failed, see [`leave_out_devices`].
+static LEFT_OUT: RwLock<Vec<String>> = RwLock::new(Vec::new());
+
+/// Names devices that must not be asked for anything any more: [`devices`] lists them with no memory. A wedged GPU hangs whoever
+/// asks it how much memory is free. They can still be named in [`ModelParams::devices`](crate::ModelParams::devices).
+pub fn leave_out_devices(names: Vec<String>) {
+    *LEFT_OUT.write().unwrap_or_else(PoisonError::into_inner) = names;
+}
+
+/// Names of all devices, without asking them anything.
+pub fn device_names() -> Vec<String> {
+    // SAFETY: a device of ggml's registry, which lives as long as the program.
+    (0..n_devices()).map(|index| text(unsafe { sys::ggml_backend_dev_name(raw_device(index)) })).collect()
+}
+
+/// One device. `None` when there are not so many.
+pub fn device_at(index: usize) -> Option<Device> {
+    (index < n_devices()).then(|| device(index))
+}
+
 fn device(index: usize) -> Device {
     let raw = raw_device(index);
     // SAFETY: `raw` is from ggml's registry, which lives as long as the program.
@@ -110,21 +107,27 @@ fn device(index: usize) -> Device {
         sys::GGML_BACKEND_DEVICE_TYPE_ACCEL => DeviceKind::Accelerator,
         _ => DeviceKind::Cpu,
     };
-    let (mut free, mut total) = (0, 0);
-    // SAFETY: as above; both out-pointers are live.
-    unsafe { sys::ggml_backend_dev_memory(raw, &raw mut free, &raw mut total) };
+    // SAFETY: as above.
+    let name = text(unsafe { sys::ggml_backend_dev_name(raw) });
+    let mut props = MaybeUninit::<sys::ggml_backend_dev_props>::zeroed();
+    if !LEFT_OUT.read().unwrap_or_else(PoisonError::into_inner).contains(&name) {
+        // SAFETY: as above; the out-pointer is live.
+        unsafe { sys::ggml_backend_dev_get_props(raw, props.as_mut_ptr()) };
+    }
+    // SAFETY: all fields are pointers, numbers and flags, for which zero is a value.
+    let props = unsafe { props.assume_init() };
     Device {
         index,
-        // SAFETY: as above.
-        name: text(unsafe { sys::ggml_backend_dev_name(raw) }),
+        name,
         description: match rpc::links_of(&[index]).first() {
             Some(link) => link.address.clone(), // ggml knows the relay's address only
             // SAFETY: as above.
             None => text(unsafe { sys::ggml_backend_dev_description(raw) }),
         },
         kind,
-        free_bytes: free as u64,
-        total_bytes: total as u64,
+        free_bytes: props.memory_free as u64,
+        total_bytes: props.memory_total as u64,
+        pci_bus_id: Some(text(props.device_id).to_ascii_lowercase()).filter(|id| !id.is_empty()),
     }
 }
 
@@ -191,11 +194,23 @@ pub enum ExtraBuffers {
     Usable,
     /// This build's AMX code would fault on this CPU (the compiler's `_tile_loadconfig` is wrong and was not cured).
     FaultyAmx,
+    /// A product with them failed when it was tried: [`leave_out_extra_buffers`].
+    Failed,
+}
+
+/// Set when a product with repacked weights failed in a process that tried it.
+static REPACKED_FAILED: AtomicBool = AtomicBool::new(false);
+
+/// Takes note that repacked weights do not work on this machine, whatever the compiler made of them.
+pub fn leave_out_extra_buffers() {
+    REPACKED_FAILED.store(true, Ordering::Relaxed);
 }
 
 /// Whether repacked weights are safe here. See docs/ffi.md, "AMX".
 pub fn extra_buffers() -> ExtraBuffers {
-    if env!("MINERVA_AMX") == "faulty" && cpu_features().iter().any(|feature| feature.starts_with("AMX")) {
+    if REPACKED_FAILED.load(Ordering::Relaxed) {
+        ExtraBuffers::Failed
+    } else if env!("MINERVA_AMX") == "faulty" && cpu_features().iter().any(|feature| feature.starts_with("AMX")) {
         ExtraBuffers::FaultyAmx
     } else {
         ExtraBuffers::Usable

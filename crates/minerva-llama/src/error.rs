@@ -150,9 +150,10 @@ pub(crate) fn call(f: impl FnOnce(*mut sys::mnv_error) -> c_int) -> Result<c_int
     };
     match status {
         sys::MNV_OK | sys::MNV_TOO_SMALL => Ok(status),
-        sys::MNV_NULL => {
-            Err(CallError::Refused(log::take_last_error().unwrap_or_else(|| "no reason in its log".into())))
-        }
+        sys::MNV_NULL => Err(CallError::Refused(log::take_last_error().unwrap_or_else(|| match text() {
+            said if said.is_empty() => "no reason in its log".into(),
+            said => said,
+        }))),
         sys::MNV_NO_MEMORY => Err(CallError::NoMemory),
         _ => Err(CallError::Exception(text())),
     }

@@ -22,16 +22,18 @@ mod error;
 mod log;
 mod memory;
 mod model;
+mod modules;
 mod params;
 mod repack;
 mod rpc;
 mod simulation;
 mod threads;
+mod trial;
 mod vocab;
 
 pub use backend::{
-    Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, devices, extra_buffers, has_backend, init,
-    version,
+    Device, DeviceKind, ExtraBuffers, amx_state, compiler, cpu_features, device_at, device_names, devices,
+    extra_buffers, has_backend, init, leave_out_devices, leave_out_extra_buffers, version,
 };
 pub use batch::Batch;
 pub use chat::{ChatPrompt, ChatTemplate};
@@ -39,9 +41,11 @@ pub use context::Context;
 pub use error::{BatchError, CallError, DecodeError, LoadError};
 pub use memory::DeviceBytes;
 pub use model::Model;
+pub use modules::{ModuleGroup, load_module, module_groups, module_score, use_modules};
 pub use params::{ContextParams, FlashAttention, KvType, ModelParams};
 pub use repack::repacked_types;
 pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_server, has_rpc, serve_rpc};
 pub use simulation::Simulation;
 pub use threads::ThreadPool;
+pub use trial::{TrialError, TrialStep, prepare_trial_process, try_device};
 pub use vocab::Token;

@@ -1,8 +1,11 @@
-//! llama.cpp's and ggml's messages, as `tracing` events with the target `llama.cpp`. Nothing reaches stdout or stderr.
+//! llama.cpp's and ggml's messages, as `tracing` events with the target `llama.cpp`. Nothing reaches stdout or stderr, but for
+//! errors in a process that only tries things out.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::io::Write as _;
 use std::panic::catch_unwind;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::sys;
@@ -26,6 +29,14 @@ pub(crate) fn install() {
     unsafe { sys::llama_log_set(Some(on_message), std::ptr::null_mut()) };
     // SAFETY: sets one integer before any other thread can be inside the common library.
     unsafe { sys::mnv_quiet() };
+}
+
+/// Set in a process that may be about to crash: its last words must be out before it does.
+static ERRORS_TO_STDERR: AtomicBool = AtomicBool::new(false);
+
+/// Writes error lines to stderr too, at once.
+pub(crate) fn echo_errors() {
+    ERRORS_TO_STDERR.store(true, Ordering::Relaxed);
 }
 
 /// The last error line since the last call, to say why a C function returned nothing.
@@ -67,6 +78,9 @@ fn emit(pending: &mut Pending, line: &str) {
         _ if line.is_empty() => {}
         sys::GGML_LOG_LEVEL_ERROR => {
             tracing::error!(target: "llama.cpp", "{line}");
+            if ERRORS_TO_STDERR.load(Ordering::Relaxed) {
+                let _ = writeln!(std::io::stderr(), "{line}");
+            }
             // llama.cpp ends a failed load with a line that says no more than that; the one before it has the reason.
             if pending.last_error.is_none() || !line.ends_with("failed to load model") {
                 pending.last_error = Some(line.to_owned());

@@ -33,6 +33,11 @@ pub struct mnv_chat {
     _opaque: [u8; 0],
 }
 
+#[repr(C)]
+pub struct mnv_trial {
+    _opaque: [u8; 0],
+}
+
 unsafe extern "C" {
     pub fn mnv_quiet();
     pub fn mnv_model_load(
@@ -143,5 +148,14 @@ unsafe extern "C" {
         devices: *mut ggml_backend_dev_t,
         error: *mut mnv_error,
     ) -> c_int;
+    pub fn mnv_module_score(path: *const c_char, score: *mut c_int, error: *mut mnv_error) -> c_int;
+    pub fn mnv_trial_new(
+        device: ggml_backend_dev_t,
+        repacked: bool,
+        out: *mut *mut mnv_trial,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_trial_run(trial: *mut mnv_trial, distance: *mut f64, error: *mut mnv_error) -> c_int;
+    pub fn mnv_trial_free(trial: *mut mnv_trial);
     pub fn mnv_string_free(string: *mut c_char);
 }

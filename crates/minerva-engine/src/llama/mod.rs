@@ -27,6 +27,9 @@ type Report<'a> = dyn FnMut(&LoadProgress) -> ControlFlow<()> + 'a;
 /// Plans, loads, warms up. A load that fails gives way to a smaller one where the configuration allows it.
 pub(crate) fn load(config: &EngineConfig, report: &mut Report<'_>) -> Result<(Loaded, ModelInfo), LoadError> {
     progress(report, "plan", 0.0)?;
+    if let Some(probe) = &config.probe {
+        crate::probe::probe(probe).check()?;
+    }
     let machine = Machine::of(config, build_backends())?;
     ladder::climb_down(config, machine, report)
 }

@@ -213,6 +213,7 @@ impl Config {
             max_queued_requests: performance.max_queued_requests,
             max_queued_tokens: performance.max_queued_tokens,
             chat_template,
+            probe: gpu.probe(),
         })
     }
 
