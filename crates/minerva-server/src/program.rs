@@ -1,7 +1,7 @@
 //! What the two binaries do: read the configuration, then serve, or print something and exit. `minerva rpc-worker` is in
-//! [`rpc_worker`](crate::rpc_worker).
+//! [`rpc_worker`](crate::rpc_worker), `minerva doctor` in [`doctor`](crate::doctor).
 //!
-//! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed, 2 for a configuration that cannot be used,
+//! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed or nothing can run, 2 for a configuration that cannot be used,
 //! 130 or 143 for a second signal.
 
 use std::io::Write as _;
@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use minerva_engine::probe::ProbeReport;
 use minerva_engine::{Engine, LoadError};
 use minerva_gpu::{BuildBackends, Diagnosis, GpuOptions};
 use tracing::{info, warn};
@@ -17,17 +18,21 @@ use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Progr
 use crate::load::{Load, Source};
 use crate::server::Server;
 use crate::shutdown::{Signals, end_now};
-use crate::{limits, logging, plan_command, rpc_worker};
+use crate::{doctor, limits, logging, plan_command, probing, rpc_worker};
 
 /// How long a load may take to notice that it was cancelled.
 const CANCEL_TIME: Duration = Duration::from_secs(2);
 
 /// Runs `program` with the process's arguments and environment.
 pub fn run(program: Program) -> ExitCode {
-    if program == Program::Minerva && std::env::args_os().nth(1).is_some_and(|command| command == config::RPC_WORKER) {
+    let command = std::env::args_os().nth(1);
+    if command.as_ref().is_some_and(|command| command == config::PROBE) {
+        return probing::run_child();
+    }
+    if program == Program::Minerva && command.as_ref().is_some_and(|command| command == config::RPC_WORKER) {
         return rpc_worker::run();
     }
-    if program == Program::Minerva && std::env::args_os().nth(1).is_some_and(|command| command == config::PLAN) {
+    if program == Program::Minerva && command.is_some_and(|command| command == config::PLAN) {
         return plan_command::run();
     }
     match invoke(program) {
@@ -54,6 +59,7 @@ fn invoke(program: Program) -> Result<ExitCode, ConfigError> {
         Action::Serve => serve(loaded),
         Action::Config(format) => print(&loaded.report.print(format)),
         Action::Diagnose => diagnose(&loaded.config),
+        Action::Doctor => doctor::run(&loaded.config),
     })
 }
 
@@ -66,10 +72,18 @@ fn serve(loaded: Loaded) -> ExitCode {
     for warning in warnings {
         warn!("{warning}");
     }
-    let source = match config.address().and_then(|_| Source::new(&config)) {
+    let mut source = match config.address().and_then(|_| Source::new(&config)) {
         Ok(source) => source,
         Err(problem) => return refuse(&problem),
     };
+    // Before the server listens: it asks llama.cpp what it is.
+    if let Source::Model(engine) = &mut source {
+        engine.probe = probing::config(&config);
+        if let Some(problem) = engine.probe.as_ref().and_then(|probe| probing::probe(probe).nothing_works()) {
+            tracing::error!("nothing here can run a model: {problem}");
+            return ExitCode::FAILURE;
+        }
+    }
     config.server.max_connections = limits::allow_connections(config.server.max_connections);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.server.worker_threads)
@@ -138,30 +152,35 @@ fn diagnose(config: &Config) -> ExitCode {
         Ok(device) => device,
         Err(problem) => return refuse(&problem),
     };
+    let probed = probing::config(config).map(|probe| probing::probe(&probe));
+    if let Some(problem) = probed.and_then(ProbeReport::nothing_works) {
+        return refuse(&problem);
+    }
     let build = Engine::build_info();
     let has = |name: &str| build.backends.iter().any(|backend| backend.eq_ignore_ascii_case(name));
     let backends = BuildBackends { cuda: has("cuda"), metal: has("metal"), vulkan: has("vulkan") };
     let options = GpuOptions { choice: device, build: backends, memory_limit_bytes: config.gpu.max_memory_mb };
     let list = |items: &[String]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
     let text = format!(
-        "{}\nBuild\n  minerva        {}\n  llama.cpp      {}\n  GPU backends   {}\n  CPU features   {}\n  C++ compiler   {}\n",
+        "{}\nBuild\n  minerva        {}\n  llama.cpp      {}\n  GPU backends   {}\n  CPU features   {}\n  C++ compiler   {}\n\n{}",
         Diagnosis::collect(options),
         build.version,
         build.llama_cpp,
         list(&build.backends),
         list(&build.cpu_features),
         build.compiler,
+        doctor::probe_section(probed),
     );
     print(&text)
 }
 
-fn print(text: &str) -> ExitCode {
+pub(crate) fn print(text: &str) -> ExitCode {
     // A closed pipe (`| head`) is no failure.
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }
 
-fn refuse(problem: &dyn std::fmt::Display) -> ExitCode {
+pub(crate) fn refuse(problem: &dyn std::fmt::Display) -> ExitCode {
     let _ = writeln!(std::io::stderr(), "error: {problem}");
     ExitCode::from(2)
 }

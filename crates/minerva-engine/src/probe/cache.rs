@@ -121,7 +121,7 @@ mod tests {
     }
 
     fn config(program: &Path) -> ProbeConfig {
-        ProbeConfig { program: program.to_owned(), args: vec![], time_limit_ms: 1, cache_file: None }
+        ProbeConfig { program: program.to_owned(), args: vec![], time_limit_ms: 1, cache_file: None, known: vec![] }
     }
 
     #[test]

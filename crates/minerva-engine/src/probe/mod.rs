@@ -50,12 +50,20 @@ pub struct ProbeConfig {
     pub time_limit_ms: u64,
     /// Where a finding without problems is kept; `None` keeps nothing.
     pub cache_file: Option<PathBuf>,
+    /// What is known before: a process that hid the GPUs and started anew hands over why.
+    pub known: Vec<Problem>,
 }
 
 impl ProbeConfig {
     /// Five seconds, nothing kept.
     pub fn new(program: impl Into<PathBuf>, args: impl IntoIterator<Item = String>) -> Self {
-        Self { program: program.into(), args: args.into_iter().collect(), time_limit_ms: 5_000, cache_file: None }
+        Self {
+            program: program.into(),
+            args: args.into_iter().collect(),
+            time_limit_ms: 5_000,
+            cache_file: None,
+            known: Vec::new(),
+        }
     }
 }
 
@@ -66,7 +74,8 @@ static REPORT: OnceLock<ProbeReport> = OnceLock::new();
 /// [`probe`](crate::EngineConfig::probe) in its configuration does.
 pub fn probe(config: &ProbeConfig) -> &'static ProbeReport {
     REPORT.get_or_init(|| {
-        let report = cached(config).unwrap_or_else(|| afresh(config));
+        let cached = if config.known.is_empty() { cached(config) } else { None };
+        let report = cached.unwrap_or_else(|| afresh(config));
         leave_out(&report);
         log(&report);
         report
@@ -94,6 +103,9 @@ fn cached(config: &ProbeConfig) -> Option<ProbeReport> {
 }
 
 fn afresh(config: &ProbeConfig) -> ProbeReport {
+    if !config.known.is_empty() {
+        return parent::probe(config);
+    }
     let key = config.cache_file.as_ref().and_then(|file| Some((file, cache::Key::now(config)?)));
     let report = parent::probe(config);
     if let Some((file, key)) = key
@@ -169,14 +181,25 @@ fn faults(report: &ProbeReport, left_out: &[String]) -> Vec<DeviceFault> {
             problem.map_or_else(|| "it was not tried, because the time was used up".to_owned(), Problem::to_string);
         Some(DeviceFault { name: Some(name.clone()), kind: kind_of(name)?, reason })
     });
-    let of_module = report.problems.iter().filter_map(|problem| {
-        let Subject::Module(path) = &problem.subject else { return None };
-        let file = path.file_name()?.to_string_lossy().into_owned();
-        let kind = [("ggml-cuda", GpuDevice::Cuda), ("ggml-metal", GpuDevice::Metal)];
-        let kind = kind.into_iter().find(|(word, _)| file.contains(word))?.1;
-        Some(DeviceFault { name: None, kind, reason: problem.to_string() })
+    let of_backend = report.problems.iter().flat_map(|problem| {
+        let fault = |kind: &GpuDevice| DeviceFault { name: None, kind: *kind, reason: problem.to_string() };
+        kinds_in(&problem.subject).iter().map(fault).collect::<Vec<_>>()
     });
-    of_device.chain(of_module).collect()
+    of_device.chain(of_backend).collect()
+}
+
+/// The kinds of GPU that are out of reach without `subject`.
+fn kinds_in(subject: &Subject) -> &'static [GpuDevice] {
+    let file = match subject {
+        Subject::Backends => return &[GpuDevice::Cuda, GpuDevice::Metal],
+        Subject::Module(path) => path.file_name().unwrap_or_default().to_string_lossy(),
+        _ => return &[],
+    };
+    match file.as_ref() {
+        cuda if cuda.contains("ggml-cuda") => &[GpuDevice::Cuda],
+        metal if metal.contains("ggml-metal") => &[GpuDevice::Metal],
+        _ => &[],
+    }
 }
 
 fn kind_of(name: &str) -> Option<GpuDevice> {
@@ -206,6 +229,7 @@ mod tests {
         let seen: Vec<_> = faults.iter().map(|fault| (fault.name.as_deref(), fault.kind)).collect();
         assert_eq!(seen, [(Some("CUDA1"), GpuDevice::Cuda), (Some("CUDA2"), GpuDevice::Cuda), (None, GpuDevice::Cuda)]);
         assert!(faults[1].reason.contains("was not tried"), "{}", faults[1].reason);
+        assert_eq!(kinds_in(&Subject::Backends), [GpuDevice::Cuda, GpuDevice::Metal]);
         assert!(faults[2].reason.contains("libggml-cuda.so did not answer for 5.0 s"), "{}", faults[2].reason);
     }
 }

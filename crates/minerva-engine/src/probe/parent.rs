@@ -33,7 +33,7 @@ const HIDE_GPUS: [(&str, &str); 3] =
 /// Tries everything. Takes at most the time limit and [`REST_TIME`].
 pub(super) fn probe(config: &ProbeConfig) -> ProbeReport {
     let started = Instant::now();
-    let mut report = ProbeReport::default();
+    let mut report = ProbeReport { problems: config.known.clone(), ..ProbeReport::default() };
     run_until_nothing_ends_it(config, started, &mut report);
     report.took_ms = millis(started.elapsed());
     report
@@ -336,6 +336,7 @@ mod tests {
             args: vec!["-c".to_owned(), format!("{prelude}\n{script}"), "child".to_owned()],
             time_limit_ms,
             cache_file: None,
+            known: vec![],
         })
     }
 
@@ -506,6 +507,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_known_is_not_tried_and_stays_in_the_report() {
+        let known = Problem { subject: Subject::Backends, step: Step::Load, failure: Failure::NotTried };
+        let script =
+            r#"echo '{"begin":{"subject":"backends","step":"load"}}'; case "$*" in *backends*) echo '"end"';; esac"#;
+        let report = probe(&ProbeConfig {
+            known: vec![known.clone()],
+            ..ProbeConfig::new("/bin/sh", ["-c", script, "child"].map(str::to_owned))
+        });
+        assert_eq!((&report.problems, report.hide_gpus.len(), &report.gave_up), (&vec![known], 0, &None));
+    }
+
+    #[test]
     fn garbage_half_lines_and_floods_do_no_harm() {
         let report = probe_script(&format!(r#"echo hello; printf '\000\377{{\n'; {CPU}; the_end"#), 5_000);
         assert_eq!(show(&report), "CPU works\n");
@@ -531,8 +544,13 @@ mod tests {
             assert!(report.gave_up.as_ref().is_some_and(|reason| reason.contains(words)), "{report:?}");
             assert!(report.problems.is_empty() && report.nothing_works().is_none());
         }
-        let config =
-            ProbeConfig { program: "/nowhere/at/all".into(), args: vec![], time_limit_ms: 300, cache_file: None };
+        let config = ProbeConfig {
+            program: "/nowhere/at/all".into(),
+            args: vec![],
+            time_limit_ms: 300,
+            cache_file: None,
+            known: vec![],
+        };
         assert!(probe(&config).gave_up.is_some_and(|reason| reason.contains("/nowhere/at/all cannot be started")));
     }
 }

@@ -1,5 +1,6 @@
 //! GET /v1/status: where the model runs and why, what it takes, and how busy it is. Never waits for the engine.
 
+use minerva_engine::probe::{self, ProbeReport};
 use minerva_engine::{BuildInfo, EngineStats, LoadProgress, ModelInfo};
 use serde::Serialize;
 
@@ -12,6 +13,9 @@ struct Status<'a> {
     uptime_seconds: f64,
     build: &'a BuildInfo,
     system_fingerprint: String,
+    /// What is left out and why, when devices were tried.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe: Option<&'static ProbeReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     load: Option<LoadProgress>,
     requests: Requests,
@@ -49,6 +53,7 @@ pub(super) fn print(app: &App) -> Vec<u8> {
         uptime_seconds: app.uptime().as_secs_f64(),
         build: &app.build,
         system_fingerprint: app.fingerprint(),
+        probe: probe::report(),
         load: None,
         requests: Requests { running: 0, queued: 0, in_flight: app.in_flight.count() },
         device: None,

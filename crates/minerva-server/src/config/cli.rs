@@ -24,6 +24,9 @@ pub(crate) const RPC_WORKER: &str = "rpc-worker";
 /// Another: [`plan_command`](crate::plan_command).
 pub(crate) const PLAN: &str = "plan";
 
+/// The hidden subcommand of both programs: the child that tries the devices ([`probing`](crate::probing)).
+pub(crate) const PROBE: &str = "__probe";
+
 /// What the command line asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Action {
@@ -34,6 +37,8 @@ pub enum Action {
     Config(ReportFormat),
     /// Print what is known about devices, memory and the build (`--gpu=debug`).
     Diagnose,
+    /// Try everything anew and print what works and what to do about the rest (`minerva doctor`).
+    Doctor,
 }
 
 /// How settings are printed.
@@ -79,6 +84,9 @@ impl Invocation {
                     (_, true) => ReportFormat::Markdown,
                     _ => ReportFormat::Table,
                 });
+            }
+            if name == "doctor" {
+                action = Action::Doctor;
             }
             matches = inner; // global arguments are visible from the inside, wherever they were written
         }
@@ -131,6 +139,9 @@ fn command(program: Program) -> Command {
         );
         command =
             command.subcommand(Command::new(PLAN).about("Say what a model will take, and where, without loading it"));
+        command = command.subcommand(
+            Command::new("doctor").about("Try every device and say what works, what does not, and what to do about it"),
+        );
         command = command.subcommand(Command::new(RPC_WORKER).about("Lend this machine's devices to another Minerva"));
     }
     command
@@ -249,6 +260,7 @@ mod tests {
     #[test]
     fn gpu_debug_is_an_action_and_flags_may_stand_on_either_side_of_a_subcommand() {
         assert_eq!(parse("minerva --gpu=debug").unwrap().action, Action::Diagnose);
+        assert_eq!(parse("minerva doctor --gpu=cuda").unwrap().action, Action::Doctor);
         let before = parse("minerva --port 1 config --json").unwrap();
         assert_eq!((before.action, before.values.len()), (Action::Config(ReportFormat::Json), 1));
         let after = parse("minerva serve --port 1").unwrap();

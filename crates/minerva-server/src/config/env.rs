@@ -50,7 +50,8 @@ pub(super) fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<E
 }
 
 /// Variables of minerva-llama, and of our own tools and tests.
-const OF_OTHERS: &[&str] = &["MINERVA_BACKENDS_DIR", "MINERVA_CACHE_DIR", "MINERVA_URL"];
+const OF_OTHERS: &[&str] =
+    &["MINERVA_BACKENDS_DIR", "MINERVA_CACHE_DIR", "MINERVA_URL", crate::probing::KNOWN_PROBLEMS];
 
 /// Set by target/setup.toml for everything that cargo starts.
 const FETCHED_MODEL: &str = "MINERVA_TEST_MODEL";

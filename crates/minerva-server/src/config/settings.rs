@@ -169,6 +169,13 @@ pub static SETTINGS: &[Setting] = &[
     setting("gpu.rpc_insecure", "MINERVA_RPC_INSECURE", "rpc-insecure", Kind::Bool, Initial::Bool(false),
         "Use RPC servers on other machines. llama.cpp's RPC has neither authentication nor encryption: whoever is on the \
         network between can read and change prompts and answers."),
+    setting("gpu.probe", "MINERVA_PROBE", "probe", Kind::Bool, Initial::Bool(true),
+        "Try backends and devices in a child process first, and leave out what crashes, hangs or computes wrong numbers. \
+        `false` saves a fraction of a second and lets a broken driver end the server. See docs/troubleshooting.md.")
+        .off("no-probe"),
+    setting("gpu.probe_seconds", "MINERVA_PROBE_SECONDS", "probe-time", Kind::Seconds { max: 300.0 }, Initial::Seconds(5.0),
+        "How long a device may take to answer when it is tried; all of them together get a second more. GPUs without \
+        persistence mode take seconds to wake."),
     // Speed and memory.
     setting("performance.threads", "MINERVA_GPU_THREADS", "threads", Kind::Uint { min: 1, max: 1_024, words: AUTO_OR_MINUS_ONE },
         Initial::Unset,

@@ -44,6 +44,8 @@ pub struct GpuSettings {
     pub fallback_to_cpu: bool,
     pub rpc_servers: Vec<String>,
     pub rpc_insecure: bool,
+    pub probe: bool,
+    pub probe_seconds: Seconds,
 }
 
 /// How fast, and with how much memory.
@@ -213,7 +215,7 @@ impl Config {
             max_queued_requests: performance.max_queued_requests,
             max_queued_tokens: performance.max_queued_tokens,
             chat_template,
-            probe: gpu.probe(),
+            probe: None, // only a program can be started a second time: `probing`
         })
     }
 
