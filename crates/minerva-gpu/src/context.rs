@@ -59,6 +59,14 @@ impl GpuContext {
         let mut machine = Machine::probe_with(driver.as_ref());
         let selection = select(&machine, options.choice, options.build)?;
         apply_limit(&mut machine, selection.device, options.memory_limit_bytes);
+        if options.choice != DeviceChoice::Cpu {
+            machine.doubts.iter().for_each(|doubt| tracing::warn!("{doubt}"));
+            for device in &machine.devices {
+                if let Some(reason) = &device.unusable {
+                    tracing::info!("{} is not used: {reason}", device.title());
+                }
+            }
+        }
         Ok(Self { options, machine, selection, driver })
     }
 

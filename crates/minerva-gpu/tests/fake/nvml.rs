@@ -4,8 +4,8 @@
 //! 0 is an H100, 1 a GB10 with unified memory, 2 has fallen off the bus, 3 is an A100 with two MIG instances.
 //! Environment of the build: `FAKE_INIT` is the code that `nvmlInit` returns, `FAKE_DRIVER` the driver's version; drivers
 //! before 510 lack the second memory query, `--cfg old` leaves it out. `FAKE_HANG` (`init`, `name`, `memory`) is the call that
-//! never returns, `FAKE_ERROR` (`count`, `memory`) the one that fails, `FAKE_LIE` (`zero`, `free`, `huge`, `count`) what the
-//! H100's memory or the number of GPUs is claimed to be.
+//! never returns, `FAKE_CRASH` ends the process in `nvmlInit`, `FAKE_ERROR` (`count`, `memory`) is the call that fails,
+//! `FAKE_LIE` (`zero`, `free`, `huge`, `count`) what the H100's memory or the number of GPUs is claimed to be.
 #![allow(non_snake_case)]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong};
@@ -84,6 +84,9 @@ fn memory(handle: Handle) -> Option<(c_ulonglong, c_ulonglong)> {
 #[unsafe(no_mangle)]
 pub extern "C" fn nvmlInit_v2() -> c_uint {
     hang_in("init");
+    if option_env!("FAKE_CRASH").is_some() {
+        std::process::abort();
+    }
     option_env!("FAKE_INIT").map_or(0, |code| code.parse().unwrap())
 }
 #[unsafe(no_mangle)]

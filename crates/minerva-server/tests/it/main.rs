@@ -8,6 +8,7 @@
 //! - [`drop`]: many clients, some of which leave
 //! - [`ladder`]: devices without the memory that was planned
 //! - [`shutdown`], [`programs`]: the binaries: signals, exit codes, logs
+//! - [`probing`], `modules`: drivers and backends that crash, hang or lie
 
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in tests, which does not cover their helpers")]
 
@@ -20,7 +21,10 @@ mod errors;
 mod fuzz;
 mod ladder;
 mod limits;
+#[cfg(all(feature = "dynamic-backends", target_os = "linux"))]
+mod modules;
 mod operation;
+mod probing;
 mod process;
 mod programs;
 mod server;

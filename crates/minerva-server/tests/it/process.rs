@@ -11,7 +11,9 @@ use crate::client;
 pub(crate) struct Process {
     pub(crate) child: Child,
     pub(crate) address: SocketAddr,
-    /// Its log, line by line.
+    /// Its log up to the line that says where it listens.
+    pub(crate) first_lines: Vec<String>,
+    /// Its log from there on, line by line.
     pub(crate) log: mpsc::Receiver<String>,
 }
 
@@ -29,13 +31,15 @@ impl Process {
         let (send, log) = mpsc::channel();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        let mut first_lines = Vec::new();
         let address = loop {
             let line = log.recv_timeout(Duration::from_secs(10)).expect("the server did not start");
             if let Some(address) = line.strip_prefix("[INFO] listening on http://") {
                 break address.parse().unwrap();
             }
+            first_lines.push(line);
         };
-        let process = Self { child, address, log };
+        let process = Self { child, address, first_lines, log };
         while client::get(address, "/health/ready").await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
