@@ -57,7 +57,9 @@ impl Driver {
         let body = move || match open() {
             Ok(library) => {
                 let _ = send.send(Ok(()));
-                asked.iter().for_each(|question| question(&library));
+                for question in asked {
+                    question(&library);
+                }
             }
             Err(state) => drop(send.send(Err(state))),
         };

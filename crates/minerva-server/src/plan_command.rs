@@ -11,6 +11,7 @@ use minerva_gpu::plan::{Plan, PlanMachine, Rung};
 use serde_json::{Value, json};
 
 use crate::config::{self, Config, Invocation};
+use crate::probing;
 
 /// Says what a model will take, and where: a table per device, the plans below it, the largest context that fits, and tokens
 /// per second. Nothing is loaded; only the file's header is read.
@@ -95,11 +96,15 @@ fn plan(args: &Args) -> anyhow::Result<String> {
     if let Some(model) = &args.model {
         config.model.path = Some(model.clone());
     }
-    let engine = engine_config(&config, args)?;
+    let mut engine = engine_config(&config, args)?;
     let threads = engine.n_threads.map_or_else(|| minerva_gpu::Machine::probe().cpu.threads, |n| n as usize);
     let machine = if let Some(machine) = &args.device {
         machine.clone()
     } else {
+        engine.probe = probing::config(&config);
+        if let Some(probe) = &engine.probe {
+            probing::probe(probe);
+        }
         let mut machine = Engine::machine(&engine)?;
         machine.host.bandwidth = minerva_gpu::measure_host_bandwidth(threads);
         machine

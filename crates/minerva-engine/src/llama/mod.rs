@@ -27,11 +27,16 @@ type Report<'a> = dyn FnMut(&LoadProgress) -> ControlFlow<()> + 'a;
 /// Plans, loads, warms up. A load that fails gives way to a smaller one where the configuration allows it.
 pub(crate) fn load(config: &EngineConfig, report: &mut Report<'_>) -> Result<(Loaded, ModelInfo), LoadError> {
     progress(report, "plan", 0.0)?;
+    let machine = probed(config)?;
+    ladder::climb_down(config, machine, report)
+}
+
+/// What this process may use: what the probe left, where the configuration wants one.
+fn probed(config: &EngineConfig) -> Result<Machine, LoadError> {
     if let Some(probe) = &config.probe {
         crate::probe::probe(probe).check()?;
     }
-    let machine = Machine::of(config, build_backends())?;
-    ladder::climb_down(config, machine, report)
+    Machine::of(config, build_backends())
 }
 
 /// Plans a load without doing it.
@@ -41,7 +46,7 @@ pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan,
 
 /// This machine, for a plan.
 pub(crate) fn machine(config: &EngineConfig) -> Result<PlanMachine, LoadError> {
-    Ok(Machine::of(config, build_backends())?.planned)
+    Ok(probed(config)?.planned)
 }
 
 /// Loads one rung of a plan.

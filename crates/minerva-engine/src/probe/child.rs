@@ -105,7 +105,7 @@ impl Child {
             begin(&subject, Step::List);
             let Some(device) = minerva_llama::device_at(index) else { continue };
             let is_gpu = matches!(device.kind, DeviceKind::Gpu | DeviceKind::IntegratedGpu);
-            let is_cpu = device.kind == DeviceKind::Cpu;
+            let repacks = device.kind == DeviceKind::Cpu;
             say(&Line::Device(ProbedDevice {
                 name: device.name.clone(),
                 description: device.description,
@@ -118,7 +118,7 @@ impl Child {
                 say(&Line::Passed { subject });
             }
             let repacked = Subject::Repacked(device.name);
-            if is_cpu && !self.skip.contains(&repacked) {
+            if repacks && !self.skip.contains(&repacked) {
                 try_device(&repacked, index, true);
             }
         }
