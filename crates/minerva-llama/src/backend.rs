@@ -87,6 +87,11 @@ pub fn leave_out_devices(names: Vec<String>) {
     *LEFT_OUT.write().unwrap_or_else(PoisonError::into_inner) = names;
 }
 
+/// Whether a device is among those of [`leave_out_devices`].
+pub(crate) fn is_left_out(name: &str) -> bool {
+    LEFT_OUT.read().unwrap_or_else(PoisonError::into_inner).iter().any(|left_out| left_out == name)
+}
+
 /// Names of all devices, without asking them anything.
 pub fn device_names() -> Vec<String> {
     // SAFETY: a device of ggml's registry, which lives as long as the program.
@@ -110,7 +115,7 @@ fn device(index: usize) -> Device {
     // SAFETY: as above.
     let name = text(unsafe { sys::ggml_backend_dev_name(raw) });
     let mut props = MaybeUninit::<sys::ggml_backend_dev_props>::zeroed();
-    if !LEFT_OUT.read().unwrap_or_else(PoisonError::into_inner).contains(&name) {
+    if !is_left_out(&name) {
         // SAFETY: as above; the out-pointer is live.
         unsafe { sys::ggml_backend_dev_get_props(raw, props.as_mut_ptr()) };
     }

@@ -93,7 +93,7 @@ pub(crate) fn probe_section(report: Option<&ProbeReport>) -> String {
     let mut rows: Vec<_> = report.modules.iter().map(|path| [file(path), "loaded".to_owned()]).collect();
     for device in &report.devices {
         let name = format!("{} {}", device.name, device.description).trim().to_owned();
-        let place = device.pci_bus_id.iter().map(|id| format!(" ({id})")).collect::<String>();
+        let place = device.pci_bus_id.as_ref().map_or_else(String::new, |id| format!(" ({id})"));
         let state = if device.works && report.problem_of(device).is_none() { "works" } else { "left out" };
         rows.push([name + &place, state.to_owned()]);
     }

@@ -18,13 +18,15 @@ pub(crate) fn run_child() -> ExitCode {
 
 /// What to start and how long to wait; `None` when the configuration wants no probe, or this program cannot be found.
 pub(crate) fn config(config: &Config) -> Option<ProbeConfig> {
-    if !config.gpu.probe {
-        return None;
-    }
+    let time_limit_ms = u64::try_from(config.gpu.probe_seconds.duration().as_millis()).unwrap_or(u64::MAX);
+    Some(ProbeConfig { time_limit_ms, ..default_config()? }).filter(|_| config.gpu.probe)
+}
+
+/// As [`config`], for a program without one.
+pub(crate) fn default_config() -> Option<ProbeConfig> {
     let program = std::env::current_exe().ok()?;
     let known = std::env::var(KNOWN_PROBLEMS).ok().and_then(|json| serde_json::from_str(&json).ok());
     Some(ProbeConfig {
-        time_limit_ms: u64::try_from(config.gpu.probe_seconds.duration().as_millis()).unwrap_or(u64::MAX),
         cache_file: cache_folder().map(|folder| folder.join("minerva").join("probe.json")),
         known: known.unwrap_or_default(),
         ..ProbeConfig::new(program, [PROBE.to_owned()])

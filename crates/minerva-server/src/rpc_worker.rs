@@ -10,7 +10,7 @@ use minerva_engine::{RpcWorkerOptions, serve_rpc};
 use minerva_gpu::Machine;
 use tracing::info;
 
-use crate::logging;
+use crate::{logging, probing};
 
 /// Lends this machine's devices to another Minerva, one client at a time: `minerva --rpc HOST:PORT` uses them.
 ///
@@ -52,6 +52,10 @@ pub(crate) fn run() -> ExitCode {
     if let Err(problem) = logging::init(filter.as_deref(), false) {
         let _ = writeln!(std::io::stderr(), "error: {problem}");
         return ExitCode::from(2);
+    }
+    if let Some(reason) = probing::default_config().and_then(|probe| probing::probe(&probe).nothing_works()) {
+        tracing::error!("nothing here can be lent: {reason}");
+        return ExitCode::FAILURE;
     }
     let options = RpcWorkerOptions {
         address: SocketAddrV4::new(args.host, args.port),

@@ -8,7 +8,7 @@ use minerva_gpu::{DriverState, Machine};
 use minerva_llama::{DeviceKind, ModuleGroup, TrialError, TrialStep};
 
 use super::protocol::{Line, SKIP};
-use super::report::{Failure, ProbedDevice, Step, Subject};
+use super::report::{CPU, Failure, ProbedDevice, Step, Subject};
 
 /// Tries the backends of this program and exits. `args` are what the parent appended to
 /// [`ProbeConfig::args`](super::ProbeConfig::args). Modules, if the build has any, must not be loaded yet.
@@ -95,7 +95,7 @@ impl Child {
     fn try_new_devices(&mut self, module: Option<&Path>) {
         let names = minerva_llama::device_names();
         let mut indices: Vec<usize> = (self.n_tried..names.len()).collect();
-        indices.sort_by_key(|&index| names[index] != "CPU");
+        indices.sort_by_key(|&index| names[index] != CPU);
         self.n_tried = names.len();
         for index in indices {
             let subject = Subject::Device(names[index].clone());

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::ProbeConfig;
 use super::protocol::{Line, SKIP};
-use super::report::{Failure, ProbeReport, Problem, Step, Subject};
+use super::report::{CPU, Failure, ProbeReport, Problem, Step, Subject};
 
 /// What is left for the rest when one thing has used up its time.
 const REST_TIME: Duration = Duration::from_secs(1);
@@ -53,6 +53,11 @@ fn run_until_nothing_ends_it(config: &ProbeConfig, started: Instant, report: &mu
         };
         let failure = match &run.end {
             End::Finished => {
+                if let Some(problem) = run.replaceable().filter(|_| Instant::now() < last) {
+                    report.problems.push(problem);
+                    earlier = Some(run);
+                    continue;
+                }
                 run.take_into(report);
                 return;
             }
@@ -169,10 +174,20 @@ impl Run {
         self.lines.iter().find_map(module_of).map_or(subject, Subject::Module)
     }
 
-    /// Whether it came as far as a device without which nothing runs.
+    /// Whether it came as far as the device without which nothing runs.
     fn has_cpu(&self) -> bool {
-        let is_cpu = |line: &&Line| matches!(line, Line::Device(device) if !device.is_gpu);
-        self.lines.iter().skip_while(|line| !is_cpu(line)).any(|line| matches!(line, Line::Passed { .. }))
+        self.lines.contains(&Line::Passed { subject: Subject::Device(CPU.to_owned()) })
+    }
+
+    /// A device that failed without ending the child, and whose module another one can take the place of.
+    fn replaceable(&self) -> Option<Problem> {
+        self.lines.iter().find_map(|line| match line {
+            Line::Failed { subject: subject @ Subject::Device(_), step, failure } => {
+                let module = Some(self.culprit(subject.clone())).filter(|culprit| culprit != subject)?;
+                Some(Problem { subject: module, step: *step, failure: failure.clone() })
+            }
+            _ => None,
+        })
     }
 
     /// What worked, and what failed without ending the child.
@@ -315,6 +330,7 @@ fn exit_code(status: ExitStatus) -> String {
 }
 
 #[cfg(all(test, unix))]
+#[allow(clippy::needless_raw_string_hashes)] // as expect-test writes them
 mod tests {
     use super::*;
     use expect_test::expect;
@@ -414,6 +430,25 @@ mod tests {
     }
 
     #[test]
+    fn a_cpu_module_that_computes_wrong_numbers_gives_way_too() {
+        let script = r#"
+            try() { loaded /m/$1.so; device CPU false "\"/m/$1.so\""; }
+            if ! skips best; then
+                try best
+                echo '{"failed":{"subject":{"device":"CPU"},"step":"compute","failure":{"how":"wrong","detail":"1e0"}}}'
+            else
+                try second; passed CPU
+            fi
+            the_end"#;
+        expect![[r#"
+            module /m/second.so
+            CPU works
+            the module best.so computed wrong numbers (1e0) on its first product and is left out
+        "#]]
+        .assert_eq(&show(&probe_script(script, 5_000)));
+    }
+
+    #[test]
     fn a_module_that_crashes_while_it_is_loaded_is_left_out() {
         let script =
             format!(r#"{CPU}; skips bad.so || {{ begin '{{"module":"/m/bad.so"}}' load; kill -SEGV $$; }}; the_end"#);
@@ -498,7 +533,7 @@ mod tests {
         let report = probe_script(&script, 5_000);
         expect![[r#"
             CPU works
-            the backends of this build crashed (segmentation fault) while it was loaded and is left out
+            this program's set of backends crashed (segmentation fault) while it was loaded and is left out
         "#]]
         .assert_eq(&show(&report));
         assert!(report.hide_gpus.contains(&("CUDA_VISIBLE_DEVICES".to_owned(), "-1".to_owned())));

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::LoadError;
 
+/// ggml's name of the device without which nothing runs.
+pub(super) const CPU: &str = "CPU";
+
 /// What was tried.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -26,7 +29,7 @@ pub enum Subject {
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Backends => f.write_str("the backends of this build"),
+            Self::Backends => f.write_str("this program's set of backends"),
             Self::Module(path) => {
                 write!(f, "the module {}", path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
             }
@@ -137,7 +140,7 @@ impl Problem {
             Failure::Hung { .. } | Failure::NotTried => "",
         };
         let said = |words: &str| detail.to_ascii_lowercase().contains(words);
-        let of_gpu = matches!(&self.subject, Subject::Device(name) | Subject::Repacked(name) if name != "CPU");
+        let of_gpu = matches!(&self.subject, Subject::Device(name) | Subject::Repacked(name) if name != CPU);
         let text = if said("no kernel image") {
             "this build has no code for the GPU's compute capability: rebuild for it (`CUDA_ARCHITECTURES` of backends/cuda/build.sh, \
             or `CMAKE_CUDA_ARCHITECTURES` with `--features cuda`)"
@@ -220,7 +223,7 @@ pub struct ProbeReport {
 impl ProbeReport {
     /// Why nothing at all can run here; `None` when something can.
     pub fn nothing_works(&self) -> Option<String> {
-        if self.gave_up.is_some() || self.devices.iter().any(|device| device.works && !device.is_gpu) {
+        if self.gave_up.is_some() || self.devices.iter().any(|device| device.works && device.name == CPU) {
             return None;
         }
         let reasons: Vec<_> = self.problems.iter().map(Problem::to_string).collect();
@@ -321,7 +324,7 @@ mod tests {
     #[test]
     fn without_a_cpu_that_works_nothing_does() {
         let cpu = ProbedDevice {
-            name: "CPU".to_owned(),
+            name: CPU.to_owned(),
             description: String::new(),
             pci_bus_id: None,
             is_gpu: false,

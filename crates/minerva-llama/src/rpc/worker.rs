@@ -133,7 +133,8 @@ pub fn serve_rpc(options: &RpcWorkerOptions, ready: impl FnOnce(SocketAddrV4)) -
 
 /// The devices asked for, or every GPU, or the CPU.
 fn offered(wanted: &[String]) -> Result<Vec<usize>, RpcWorkerError> {
-    let all = devices();
+    let mut all = devices();
+    all.retain(|device| !backend::is_left_out(&device.name));
     if !wanted.is_empty() {
         let index_of = |name: &String| all.iter().find(|device| device.name.eq_ignore_ascii_case(name));
         let known = || all.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(", ");

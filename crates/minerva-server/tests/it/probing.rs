@@ -97,6 +97,39 @@ fn the_doctor_says_what_a_driver_that_fails_or_lies_does_and_what_to_do() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_whose_backends_crash_starts_anew_with_the_gpus_hidden() {
+    let library = std::env::temp_dir().join(format!("minerva-preload-{}.so", std::process::id()));
+    let status = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/crash_with_gpus.c"))
+        .arg("-ldl")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let libraries = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    let vars = [("LD_PRELOAD", library.to_str().unwrap()), ("LD_LIBRARY_PATH", libraries.as_str())];
+    let model = model();
+    let process = Process::start(&["-m", &model, "--ctx", "256", "-np", "1", "-t", "1"], &vars).await;
+    let log = process.first_lines.join("\n");
+    assert!(
+        log.contains("[WARN] this program's set of backends crashed (segmentation fault) while it was loaded"),
+        "{log}"
+    );
+    assert!(log.contains("[WARN] starting anew with the GPUs hidden"), "{log}");
+    let status = get(process.address, "/v1/status").await.json();
+    assert_eq!(status["probe"]["problems"][0]["subject"], "backends", "{status}");
+
+    let mut minerva = Command::new(env!("CARGO_BIN_EXE_minerva"));
+    let output = minerva.args(["--gpu=cuda", "--port", "0", "-m", &model]).env_clear().envs(vars).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1), "{text}");
+    assert!(text.contains("the CUDA backend cannot be used: this program's set of backends crashed"), "{text}");
+    std::fs::remove_file(&library).unwrap();
+}
+
 #[test]
 fn a_finding_is_kept_between_starts_and_the_doctor_finds_out_anew() {
     let home = std::env::temp_dir().join(format!("minerva-probe-home-{}", std::process::id()));
