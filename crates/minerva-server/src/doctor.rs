@@ -141,8 +141,6 @@ fn advice(report: Option<&ProbeReport>, machine: &Machine) -> Vec<String> {
     for problem in report.into_iter().flat_map(|report| &report.problems) {
         lines.push(format!("{}: {}", problem.subject, Problem::advice(problem)));
     }
-    let is_new =
-        |lines: &[String], text: &str| !lines.iter().any(|line| line.contains(text) || text.contains(line.as_str()));
     let driver_is_broken = !matches!(machine.driver, DriverState::Ready { .. } | DriverState::LibraryMissing);
     if driver_is_broken || (machine.driver == DriverState::LibraryMissing && !machine.nvidia_pci.is_empty()) {
         lines.push(machine.driver.to_string());
@@ -150,7 +148,7 @@ fn advice(report: Option<&ProbeReport>, machine: &Machine) -> Vec<String> {
     for device in &machine.devices {
         // What the probe found is said above, with the device's name in llama.cpp.
         let of_probe = machine.faults.iter().any(|fault| Some(&fault.reason) == device.unusable.as_ref());
-        if let Some(reason) = device.unusable.as_ref().filter(|reason| !of_probe && is_new(&lines, reason)) {
+        if let Some(reason) = device.unusable.as_ref().filter(|_| !of_probe) {
             lines.push(format!("{} {}: {reason}", device.label(), device.name));
         }
     }
@@ -188,5 +186,70 @@ fn table<const N: usize>(text: &mut String, head: &[&str], rows: &[[String; N]])
             let _ = write!(line, "{cell:<width$}  ");
         }
         let _ = writeln!(text, "{}", line.trim_end());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use minerva_engine::probe::{Failure, ProbedDevice, Step};
+    use minerva_gpu::DeviceChoice;
+
+    fn on_cpu() -> Diagnosis {
+        let mut diagnosis = Diagnosis::collect(GpuOptions { choice: DeviceChoice::Cpu, ..GpuOptions::default() });
+        diagnosis.machine.devices.retain(|device| device.kind == GpuDevice::Cpu);
+        diagnosis.machine.driver = DriverState::LibraryMissing;
+        diagnosis.machine.nvidia_pci.clear();
+        diagnosis.machine.doubts.clear();
+        diagnosis.machine.memory.total_bytes = diagnosis.machine.memory.machine_total_bytes;
+        diagnosis.machine.cgroup.cpu_quota_millis = None;
+        diagnosis
+    }
+
+    fn tried(name: &str, works: bool) -> ProbedDevice {
+        let (description, is_gpu) = ("a chip".to_owned(), name != "CPU");
+        ProbedDevice { name: name.to_owned(), description, pci_bus_id: None, is_gpu, module: None, works }
+    }
+
+    #[test]
+    fn a_sound_machine_has_nothing_to_mend() {
+        let report = ProbeReport { devices: vec![tried("CPU", true)], ..ProbeReport::default() };
+        let text = checkup(Some(&report), &on_cpu());
+        assert!(text.contains("Nothing to mend.") && text.contains("`--gpu=cpu` runs on cpu"), "{text}");
+        assert!(checkup(None, &on_cpu()).contains("untried"));
+    }
+
+    #[test]
+    fn every_problem_is_a_line_with_what_to_do() {
+        let mut diagnosis = on_cpu();
+        let machine = &mut diagnosis.machine;
+        machine.memory.machine_total_bytes = 64 << 30;
+        machine.memory.total_bytes = 1 << 30;
+        machine.cgroup.cpu_quota_millis = Some(500);
+        machine.nvidia_pci = vec!["0000:65:00.0".to_owned()];
+        machine.doubts = vec!["CUDA calls it 0, the driver 1".to_owned()];
+        let failure =
+            Failure::Crashed { cause: "aborted".to_owned(), detail: "no kernel image is available".to_owned() };
+        let subject = Subject::Device("CUDA0".to_owned());
+        let report = ProbeReport {
+            devices: vec![tried("CPU", true), tried("CUDA0", false)],
+            problems: vec![Problem { subject, step: Step::Compute, failure }],
+            ..ProbeReport::default()
+        };
+        let text = checkup(Some(&report), &diagnosis);
+        let advice: Vec<_> = text.lines().skip_while(|line| *line != "What to do").skip(1).collect();
+        for (n, words) in [
+            "1. the device CUDA0: this build has no code for the GPU's compute capability",
+            "2. the driver library (libnvidia-ml, nvml.dll) cannot be loaded; install driver 470",
+            "3. CUDA calls it 0, the driver 1",
+            "4. the control group leaves 1.0 GiB of the machine's 64.0 GiB",
+            "5. the control group leaves less than one CPU",
+        ]
+        .iter()
+        .enumerate()
+        {
+            assert!(advice[n].contains(words), "{text}");
+        }
+        assert!(text.contains("CUDA0 a chip  left out"), "{text}");
     }
 }
