@@ -36,6 +36,7 @@ mod llama;
 pub mod sampler;
 pub mod scheduler;
 pub mod sim;
+mod slowed;
 
 pub use config::{EngineConfig, FlashAttention, KvType};
 pub use engine::Engine;
