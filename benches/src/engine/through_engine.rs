@@ -8,14 +8,15 @@ use minerva_engine::{Engine, Event, Prompt, Request};
 
 use super::{Sample, Workload, prompt};
 
-pub(super) fn run(engine: &Engine, workload: Workload, round: u32) -> anyhow::Result<Sample> {
+/// Runs the workload to its end; `seed` chooses the prompts.
+pub(crate) fn run(engine: &Engine, workload: Workload, seed: u32) -> anyhow::Result<Sample> {
     let before = engine.stats();
     let n_vocab = engine.info().n_vocab;
     let began = Instant::now();
     let readers: Vec<_> = (0..workload.n_seq)
         .map(|seq| {
             let request = Request {
-                prompt: Prompt::Tokens(prompt(n_vocab, workload, seq, round)),
+                prompt: Prompt::Tokens(prompt(n_vocab, workload, seq, seed)),
                 ignore_eos: true,
                 ..Request::default().greedy().max_tokens(workload.generate_tokens)
             };
