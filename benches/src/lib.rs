@@ -1,5 +1,10 @@
-//! What Minerva's own code costs beside llama.cpp's ([`engine`]), and a load tool for any OpenAI-compatible server
-//! (`serve`). benches/README.md says what each number means and how to compare it.
+//! What Minerva's own code costs beside llama.cpp's ([`engine`]), what a GPU brings ([`gpu`]), and a load tool for any
+//! OpenAI-compatible server (`serve`). benches/README.md says what each number means and how to compare it.
 
 pub mod engine;
+pub mod gpu;
 pub mod serve;
+
+mod machine; // what all of them share
+mod stats;
+mod table;

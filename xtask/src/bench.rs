@@ -1,6 +1,9 @@
-//! `cargo xtask bench-engine` and `bench-serve`: set up, build in release, measure. The programs are in benches/.
+//! `cargo xtask bench-engine`, `bench-serve` and `bench-gpu`: set up, build in release, measure. The programs are in benches/.
 
 use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
 
 use crate::{setup, workspace};
 
@@ -16,8 +19,9 @@ pub(crate) struct Args {
 /// The engine against a bare `llama_decode` loop.
 ///
 /// # Errors
-/// When set-up or build fails, or the benchmark does: it could not measure, or a `--gate` does not hold.
-pub(crate) fn engine(args: &Args) -> anyhow::Result<()> {
+/// When set-up or build fails. The program's own exit code is this task's: not 0 when it could not measure, or a `--gate`
+/// does not hold.
+pub(crate) fn engine(args: &Args) -> anyhow::Result<ExitCode> {
     run("bench_engine", args)
 }
 
@@ -25,11 +29,19 @@ pub(crate) fn engine(args: &Args) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`engine`].
-pub(crate) fn serve(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn serve(args: &Args) -> anyhow::Result<ExitCode> {
     run("bench_serve", args)
 }
 
-fn run(program: &str, args: &Args) -> anyhow::Result<()> {
+/// GPU against CPU, memory, and the guide's three tables.
+///
+/// # Errors
+/// When set-up or build fails. The program's own exit code is this task's: 1 for a regression, 2 for a missing GPU.
+pub(crate) fn gpu(args: &Args) -> anyhow::Result<ExitCode> {
+    run("bench_gpu", args)
+}
+
+fn run(program: &str, args: &Args) -> anyhow::Result<ExitCode> {
     let ready = setup::prepare(&setup::Args::default())?;
     // The load tool starts the server that stands beside it.
     workspace::check(workspace::cargo().args(["build", "--release", "-p", "minerva-server", "-p", "minerva-benches"]))?;
@@ -39,5 +51,7 @@ fn run(program: &str, args: &Args) -> anyhow::Result<()> {
     if let Some(model) = &ready.model {
         command.env("MINERVA_TEST_MODEL", model);
     }
-    workspace::check(command.args(&args.args))
+    let status = command.args(&args.args).status().with_context(|| format!("cannot run {program}"))?;
+    // A program that was ended by a signal has no code.
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }

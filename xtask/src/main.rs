@@ -34,6 +34,8 @@ enum Task {
     BenchEngine(bench::Args),
     /// Measure our server, and any OpenAI-compatible peer, under load
     BenchServe(bench::Args),
+    /// Measure GPU against CPU, memory, and the guide's three tables
+    BenchGpu(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -43,11 +45,16 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Package(args) => package::run(&args),
-        Task::BenchEngine(args) => bench::engine(&args),
-        Task::BenchServe(args) => bench::serve(&args),
+        Task::BenchEngine(args) => return exit_code(bench::engine(&args)),
+        Task::BenchServe(args) => return exit_code(bench::serve(&args)),
+        Task::BenchGpu(args) => return exit_code(bench::gpu(&args)),
     };
+    exit_code(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
     // Not `anyhow`'s own report: it adds a backtrace, and what went wrong here is seldom in our code.
-    result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
+    result.unwrap_or_else(|error| report(&error))
 }
 
 /// Prints what failed and why, outermost first.

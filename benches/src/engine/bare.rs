@@ -1,9 +1,10 @@
 //! The floor: prompts in full batches, then one token per sequence and step, the likeliest one.
 
-use std::sync::Arc;
+use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::Instant;
 
-use minerva_llama::{Batch, Context, ContextParams, Model};
+use minerva_llama::{Batch, Context, ContextParams, Model, ModelParams};
 
 use super::{Sample, Workload, prompt};
 
@@ -16,25 +17,24 @@ pub(super) struct Bare {
 }
 
 impl Bare {
-    pub(super) fn new(model: &Arc<Model>, params: &ContextParams) -> anyhow::Result<Self> {
-        let context = Context::new(model, params)?;
+    /// Loads the model and computes one token, as the engine's load does.
+    pub(super) fn load(path: &Path, model: &ModelParams, context: &ContextParams) -> anyhow::Result<Self> {
+        let model = Model::load(path, model, &mut |_| ControlFlow::Continue(()))?;
+        let context = Context::new(&model, context)?;
         let batch = Batch::new(&context);
-        Ok(Self { context, batch, backend_s: 0.0, steps: 0 })
+        let mut bare = Self { context, batch, backend_s: 0.0, steps: 0 };
+        bare.batch.push(model.bos().unwrap_or(0), 0, 0, true)?;
+        bare.step(&mut Vec::new(), &mut [])?;
+        Ok(bare)
     }
 
-    /// Once to warm up, once to count.
-    pub(super) fn run_twice(&mut self, workload: Workload, round: u32) -> anyhow::Result<Sample> {
-        self.run(workload, super::WARM_UP)?;
-        self.run(workload, round)
-    }
-
-    fn run(&mut self, workload: Workload, round: u32) -> anyhow::Result<Sample> {
+    pub(super) fn run(&mut self, workload: Workload, seed: u32) -> anyhow::Result<Sample> {
         let n_vocab = self.context.model().n_vocab() as u32;
         let n_batch = self.context.n_batch() as usize;
         for seq in 0..workload.n_seq {
             self.context.clear_seq(seq)?;
         }
-        let prompts: Vec<_> = (0..workload.n_seq).map(|seq| prompt(n_vocab, workload, seq, round)).collect();
+        let prompts: Vec<_> = (0..workload.n_seq).map(|seq| prompt(n_vocab, workload, seq, seed)).collect();
         (self.backend_s, self.steps) = (0.0, 0);
         let began = Instant::now();
         let mut last = vec![0; workload.n_seq as usize];

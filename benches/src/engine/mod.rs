@@ -2,19 +2,19 @@
 //! process, alternating, with the same settings and a thread pool in both.
 
 mod bare;
+mod pair;
 mod report;
 mod through_engine;
 
-use std::ops::ControlFlow;
 use std::path::Path;
-use std::thread;
 
-use anyhow::Context as _;
-use minerva_engine::{Engine, EngineConfig, FlashAttention};
-use minerva_llama::{ContextParams, Model, ModelParams};
+use minerva_engine::{EngineConfig, FlashAttention};
+use minerva_gpu::DeviceChoice;
 use serde::Serialize;
 
+pub(crate) use pair::{Pair, Round};
 pub use report::Report;
+pub(crate) use through_engine::run as run_engine;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -25,6 +25,22 @@ pub struct Workload {
     pub prompt_tokens: u32,
     /// Tokens generated per sequence.
     pub generate_tokens: u32,
+}
+
+impl Workload {
+    /// Cells that one sequence needs.
+    pub(crate) fn context_tokens(&self) -> u32 {
+        (self.prompt_tokens + self.generate_tokens + 8).next_multiple_of(256)
+    }
+
+    /// The same steps, fewer of them.
+    fn warm_up(self) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens.min((512 / self.n_seq).max(8)),
+            generate_tokens: self.generate_tokens.min(8),
+            ..self
+        }
+    }
 }
 
 /// Settings that both sides share.
@@ -64,59 +80,40 @@ impl Sample {
     pub fn decode_rate(&self) -> f64 {
         self.decode_tokens as f64 / self.decode_s
     }
+
+    /// Until every sequence had its first token, in seconds.
+    pub(crate) fn prefill_s(&self) -> f64 {
+        self.total_s - self.decode_s
+    }
 }
 
-/// Runs one workload on both sides.
+/// Runs one workload on both sides, on the CPU.
 ///
 /// # Errors
 /// When the model does not load or a step fails.
 pub fn run(model_path: &Path, workload: Workload, settings: Settings) -> anyhow::Result<Report> {
-    let n_ctx_seq = (workload.prompt_tokens + workload.generate_tokens + 8).next_multiple_of(256);
-    let params = ModelParams { use_extra_buffers: settings.extra_buffers, ..ModelParams::default() };
-    let model =
-        Model::load(model_path, &params, &mut |_| ControlFlow::Continue(())).context("the bare loop's model")?;
-    let context = ContextParams {
-        n_ctx: n_ctx_seq * workload.n_seq,
-        n_seq_max: workload.n_seq,
-        n_threads: settings.n_threads,
-        n_threads_batch: settings.n_threads,
-        flash_attention: if settings.flash_attention_off {
-            minerva_llama::FlashAttention::Off
-        } else {
-            minerva_llama::FlashAttention::Auto
-        },
-        kv_unified: settings.kv_unified,
-        ..ContextParams::default()
-    };
     let config = EngineConfig {
+        device: DeviceChoice::Cpu,
         n_seq_max: Some(workload.n_seq),
-        context_length_tokens: Some(n_ctx_seq),
+        context_length_tokens: Some(workload.context_tokens()),
         n_threads: Some(settings.n_threads),
         flash_attention: if settings.flash_attention_off { FlashAttention::Off } else { FlashAttention::Auto },
         kv_unified: settings.kv_unified,
         use_extra_buffers: settings.extra_buffers,
         ..EngineConfig::new(model_path)
     };
+    let pair = Pair::new(config, &[])?;
     let mut report = Report::new(workload, settings);
     for round in 0..settings.rounds {
-        // One side at a time, each on threads that end with it: OpenMP keeps a team for every thread that computed, and
-        // spins less once there are more of them than cores, so a side that stays would slow down the other.
-        let bare =
-            thread::scope(|scope| scope.spawn(|| bare::Bare::new(&model, &context)?.run_twice(workload, round)).join());
-        let bare = bare.map_err(|_| anyhow::anyhow!("the bare loop panicked"))??;
-        let engine = Engine::load(config.clone(), |_| ControlFlow::Continue(())).context("the engine's model")?;
-        through_engine::run(&engine, workload, WARM_UP)?;
-        report.push(bare, through_engine::run(&engine, workload, round)?);
+        let Round { bare, engine, .. } = pair.round(&[workload], round)?;
+        report.push(bare.samples[0], engine.samples[0]);
     }
     Ok(report)
 }
 
-/// The round whose prompts warm up each side and are not counted.
-const WARM_UP: u32 = u32::MAX;
-
-/// Prompt tokens that differ from sequence to sequence and from round to round, but not from run to run.
-fn prompt(n_vocab: u32, workload: Workload, seq: u32, round: u32) -> Vec<i32> {
-    let mut state = 0x9e37_79b9_u64 ^ (u64::from(seq) << 32) ^ u64::from(round);
+/// Prompt tokens that differ from sequence to sequence and from seed to seed, but not from run to run.
+fn prompt(n_vocab: u32, workload: Workload, seq: u32, seed: u32) -> Vec<i32> {
+    let mut state = 0x9e37_79b9_u64 ^ (u64::from(seq) << 32) ^ u64::from(seed);
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // Ordinary tokens: control tokens lie at the ends of a vocabulary.

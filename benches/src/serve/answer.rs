@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::footprint::Footprint;
-use super::stats;
 use super::workload::{Beside, Leave};
+use crate::stats;
 
 /// What one request saw; times are milliseconds since the round began.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

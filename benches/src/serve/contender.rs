@@ -12,9 +12,9 @@ use super::direct::EngineProcess;
 use super::drive;
 use super::footprint::Footprint;
 use super::http::HttpClient;
-use super::machine::OthersWatch;
 use super::process::ServerProcess;
 use super::workload::Round;
+use crate::machine::OthersWatch;
 
 /// How long a server may take to free what a finished round used.
 const SETTLE: Duration = Duration::from_secs(1);

@@ -9,8 +9,8 @@ use tokio::time;
 
 use super::answer::{Answer, Sample, since_ms};
 use super::client::Client;
-use super::machine::own_ms;
 use super::workload::{Ask, Asks, Beside, Leave, Round};
+use crate::machine::own_ms;
 
 /// What the clients of a round share.
 struct Shared {

@@ -14,13 +14,10 @@ mod drive;
 mod footprint;
 mod gate;
 mod http;
-mod machine;
 mod process;
 mod prompts;
 mod report;
 mod sse;
-mod stats;
-mod table;
 mod workload;
 
 use std::time::{Duration, SystemTime};
@@ -123,7 +120,7 @@ async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
             for (turn, contender) in contenders.iter_mut().enumerate() {
                 let seed = if is_same { seed.wrapping_add(turn as u64) } else { seed };
                 if let Some(cores) = args.calm {
-                    machine::wait_until_calm(cores).await;
+                    crate::machine::wait_until_calm(cores).await;
                 }
                 let sample = contender.run(Round { workload, scale: args.scale, seed, number }, timeout).await?;
                 let figures = Figures::of(&sample, workload.shape(args.scale).beside.as_ref());

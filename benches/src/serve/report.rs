@@ -6,9 +6,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::answer::{Figures, Sample};
-use super::stats::median;
-use super::table::Table;
 use super::workload::Workload;
+use crate::stats::median;
+use crate::table::Table;
 
 /// What can be compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,6 +19,7 @@ use crate::llama;
 use crate::request::{Request, TokenId};
 use crate::shared::{QueueLimits, Shared};
 use crate::sim::{self, SimConfig};
+use crate::slowed::Slowed;
 use crate::status::{BuildInfo, EngineStats, LoadProgress, ModelInfo};
 use crate::stream::EventStream;
 use crate::worker::{Command, Worker};
@@ -76,6 +77,18 @@ impl Engine {
     ) -> Result<Self, LoadError> {
         let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
         let (loaded, info) = llama::load(&config, &mut progress)?;
+        Self::start(loaded, info, queue)
+    }
+
+    /// [`load`](Self::load), and then every step takes `percent` longer: with it a benchmark proves that it notices.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    #[doc(hidden)] // no setting, so that nobody can leave it on
+    pub fn load_slowed(config: &EngineConfig, percent: f64) -> Result<Self, LoadError> {
+        let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
+        let (mut loaded, info) = llama::load(config, &mut |_| ControlFlow::Continue(()))?;
+        loaded.backend = Box::new(Slowed::new(loaded.backend, percent));
         Self::start(loaded, info, queue)
     }
 

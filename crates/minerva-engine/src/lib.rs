@@ -37,6 +37,7 @@ pub mod probe;
 pub mod sampler;
 pub mod scheduler;
 pub mod sim;
+mod slowed;
 
 pub use config::{EngineConfig, FlashAttention, KvType};
 pub use engine::Engine;

@@ -2,22 +2,22 @@
 
 /// Rows of text under titles; the first two columns are names, the others numbers.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(crate) struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub(super) fn new(titles: impl IntoIterator<Item = &'static str>) -> Self {
+    pub(crate) fn new(titles: impl IntoIterator<Item = &'static str>) -> Self {
         Self { rows: vec![titles.into_iter().map(str::to_owned).collect()] }
     }
 
-    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         // A bar inside a cell would end it.
         self.rows.push(cells.into_iter().map(|cell| cell.replace('|', "\\|")).collect());
     }
 
     /// The table, a newline at its end.
-    pub(super) fn render(&self) -> String {
+    pub(crate) fn render(&self) -> String {
         const NAMES: usize = 2;
         let n_columns = self.rows.first().map_or(0, Vec::len);
         let cell = |row: &[String], column: usize| row.get(column).cloned().unwrap_or_default();

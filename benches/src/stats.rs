@@ -1,20 +1,20 @@
 //! Percentiles and medians.
 
 /// Sorts a sample for [`percentile`].
-pub(super) fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
+pub(crate) fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
     values
 }
 
 /// The smallest value that at least `percent` of 100 do not exceed (nearest rank); `None` of nothing.
-pub(super) fn percentile(sorted: &[f64], percent: f64) -> Option<f64> {
+pub(crate) fn percentile(sorted: &[f64], percent: f64) -> Option<f64> {
     let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.max(1) - 1).copied()
 }
 
 /// The middle value, or the mean of the middle two; `None` of nothing.
-pub(super) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let values = sorted(values);
     let middle = values.len() / 2;
     let high = *values.get(middle)?;

@@ -46,7 +46,7 @@ fn ms_per_tick() -> f64 {
 
 /// CPU time of this process so far, in milliseconds.
 #[cfg_attr(unix, expect(clippy::unnecessary_wraps, reason = "other systems do not tell"))]
-pub(super) fn own_ms() -> Option<f64> {
+pub(crate) fn own_ms() -> Option<f64> {
     #[cfg(unix)]
     {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
@@ -58,8 +58,9 @@ pub(super) fn own_ms() -> Option<f64> {
 
 /// A watch on what everybody but the measured process and this one takes.
 #[derive(Debug)]
-pub(super) struct OthersWatch {
-    pid: u32,
+pub(crate) struct OthersWatch {
+    /// The measured process, where it is not this one.
+    pid: Option<u32>,
     began: Instant,
     /// Of others, so far.
     used_ms: f64,
@@ -67,24 +68,30 @@ pub(super) struct OthersWatch {
 
 impl OthersWatch {
     /// Begins to watch; `None` where the system does not tell, or the measured process is not known.
-    pub(super) fn start(pid: Option<u32>) -> Option<Self> {
-        let pid = pid?;
+    pub(crate) fn start(pid: Option<u32>) -> Option<Self> {
+        let pid = Some(pid?);
         Some(Self { pid, began: Instant::now(), used_ms: others_ms(pid)? })
     }
 
+    /// The same where this process is the measured one.
+    pub(crate) fn start_here() -> Option<Self> {
+        Some(Self { pid: None, began: Instant::now(), used_ms: others_ms(None)? })
+    }
+
     /// How many cores others have kept busy since the start.
-    pub(super) fn cores(&self) -> Option<f64> {
+    pub(crate) fn cores(&self) -> Option<f64> {
         let used_ms = others_ms(self.pid)? - self.used_ms;
         Some((used_ms / (self.began.elapsed().as_secs_f64() * 1e3)).max(0.0))
     }
 }
 
-fn others_ms(pid: u32) -> Option<f64> {
-    Some(machine_ms()? - process_ms(pid)? - own_ms()?)
+fn others_ms(pid: Option<u32>) -> Option<f64> {
+    let measured = pid.map_or(Some(0.0), process_ms)?;
+    Some(machine_ms()? - measured - own_ms()?)
 }
 
 /// Waits until everybody together takes less than `cores`, but not for ever. Nothing may be under way on our side.
-pub(super) async fn wait_until_calm(cores: f64) {
+pub(crate) async fn wait_until_calm(cores: f64) {
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
         let (Some(before), look) = (machine_ms(), Instant::now()) else { return };

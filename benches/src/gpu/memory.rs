@@ -1,0 +1,322 @@
+//! What a load really takes against what was planned, and whether anything grows: in a process of its own, whose memory
+//! nobody else used before.
+
+use std::io::Write as _;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use anyhow::{Context as _, bail};
+use minerva_engine::{Engine, EngineConfig};
+use minerva_gpu::{BuildBackends, GpuContext, GpuOptions};
+use serde::{Deserialize, Serialize};
+
+use super::args::Args;
+use super::measured::{Better, Measured};
+use super::place::{Kind, Place, Sizes};
+use crate::engine::{Workload, run_engine};
+use crate::stats::median;
+
+/// Sequences at once, as many as the speed part has.
+const N_SEQ: u32 = 8;
+
+/// Between a third of the tokens and all of them, a process may keep so much more: the allocator's slack, no leak.
+const MOST_TOKEN_GROWTH_BYTES: i64 = 8 << 20;
+
+/// The same for the later loads and unloads, all of them together.
+const MOST_CYCLE_GROWTH_BYTES: i64 = 8 << 20;
+
+/// What the process is asked to do.
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    config: EngineConfig,
+    n_cycles: usize,
+    n_tokens: u64,
+    /// Neither the tokens nor the cycles go on for longer.
+    most_s: f64,
+}
+
+/// The process at one moment. Fields are `None` where the system does not tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Reading {
+    resident_bytes: Option<u64>,
+    peak_bytes: Option<u64>,
+    device_free_bytes: Option<u64>,
+    threads: Option<u64>,
+}
+
+/// What the process found.
+#[derive(Debug, Serialize, Deserialize)]
+struct Findings {
+    planned_host_bytes: u64,
+    planned_device_bytes: u64,
+    before: Reading,
+    loaded: Reading,
+    /// Tokens generated so far, and the process then.
+    tokens: Vec<(u64, Reading)>,
+    /// After each load and unload.
+    cycles: Vec<Reading>,
+}
+
+/// One place's memory.
+#[derive(Debug, Serialize)]
+pub(super) struct Memory {
+    pub(super) place: Place,
+    findings: Findings,
+}
+
+/// Whether something grew, with a line that says so.
+pub(super) struct Growth {
+    pub(super) holds: bool,
+    pub(super) line: String,
+}
+
+/// Runs the measurement in a new process of `program`, which is this one's file.
+pub(super) fn measure(model: &Path, place: &Place, args: &Args, program: &Path) -> anyhow::Result<Memory> {
+    let sizes = Sizes { n_seq: N_SEQ, context_tokens: 512 };
+    // Not mapped: mapped weights are the file's pages, which the system takes and gives as it likes.
+    let config = EngineConfig { use_mmap: false, ..place.config(model, sizes, None, args.threads) };
+    let order = if args.quick {
+        Order { config, n_cycles: 8, n_tokens: 1000, most_s: 6.0 }
+    } else {
+        Order { config, n_cycles: 50, n_tokens: 10_000, most_s: 300.0 }
+    };
+    let mut command = Command::new(program);
+    command.args(["--memory-worker", &serde_json::to_string(&order)?]).stdin(Stdio::null()).stderr(Stdio::inherit());
+    let output = command.output().context("cannot start the process whose memory is measured")?;
+    if !output.status.success() {
+        bail!("the process whose memory is measured failed ({})", output.status);
+    }
+    let findings = serde_json::from_slice(&output.stdout).context("the answer of the measured process")?;
+    Ok(Memory { place: place.clone(), findings })
+}
+
+/// The measured process: obeys one order and prints what it found.
+pub(super) fn work(order: &str) -> anyhow::Result<()> {
+    let order: Order = serde_json::from_str(order).context("`--memory-worker`")?;
+    let gpu = GpuContext::with_options(GpuOptions {
+        choice: order.config.device,
+        build: BuildBackends {
+            cuda: minerva_llama::has_backend(c"CUDA"),
+            metal: minerva_llama::has_backend(c"MTL"),
+            vulkan: minerva_llama::has_backend(c"Vulkan"),
+        },
+        ..GpuOptions::default()
+    })?;
+    let overhead_bytes: u64 = Engine::machine(&order.config)?.devices.iter().map(|device| device.overhead_bytes).sum();
+    let before = Reading::now(&gpu);
+
+    let engine = load(&order.config)?;
+    let loaded = Reading::now(&gpu);
+    let memory = &engine.info().placement.memory;
+    let planned = |is_host: bool| -> u64 {
+        memory.iter().filter(|m| (m.device == "Host") == is_host).map(|m| m.planned_bytes).sum()
+    };
+    let mut findings = Findings {
+        planned_host_bytes: planned(true),
+        planned_device_bytes: planned(false) + overhead_bytes,
+        before,
+        loaded,
+        tokens: Vec::new(),
+        cycles: Vec::new(),
+    };
+    // A batch of prompts as large as the device takes at once, so that scratch is used to its end.
+    let workload = Workload { n_seq: N_SEQ, prompt_tokens: 128, generate_tokens: 32 };
+    let (began, limit) = (Instant::now(), Duration::from_secs_f64(order.most_s));
+    let mut n_tokens = 0;
+    for wave in 0.. {
+        run_engine(&engine, workload, wave)?;
+        n_tokens += u64::from(workload.n_seq * workload.generate_tokens);
+        findings.tokens.push((n_tokens, Reading::now(&gpu)));
+        let is_enough = n_tokens >= order.n_tokens || began.elapsed() > limit;
+        if findings.tokens.len() >= 3 && is_enough {
+            break;
+        }
+    }
+    drop(engine);
+
+    let began = Instant::now();
+    while findings.cycles.len() < order.n_cycles && (findings.cycles.len() < 4 || began.elapsed() < limit) {
+        drop(load(&EngineConfig { use_mmap: true, ..order.config.clone() })?);
+        findings.cycles.push(Reading::now(&gpu));
+    }
+    serde_json::to_writer(io::stdout().lock(), &findings)?;
+    io::stdout().flush()?;
+    Ok(())
+}
+
+fn load(config: &EngineConfig) -> anyhow::Result<Engine> {
+    Ok(Engine::load(config.clone(), |_| ControlFlow::Continue(()))?)
+}
+
+impl Reading {
+    fn now(gpu: &GpuContext) -> Self {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let number = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        let is_gpu = gpu.device().is_usable_gpu();
+        let free = gpu.estimate_memory().ok().filter(|_| is_gpu);
+        Self {
+            resident_bytes: number("VmRSS:").map(|kib| kib << 10),
+            peak_bytes: number("VmHWM:").map(|kib| kib << 10),
+            device_free_bytes: free.map(|memory| memory.free_bytes),
+            threads: number("Threads:"),
+        }
+    }
+}
+
+impl Memory {
+    /// What the load planned on this place.
+    pub(super) fn planned_bytes(&self) -> u64 {
+        match self.place.kind {
+            Kind::Cpu => self.findings.planned_host_bytes,
+            Kind::Gpu | Kind::RpcWorker => self.findings.planned_device_bytes,
+        }
+    }
+
+    /// The most that it took: of a GPU what the device lost, of the CPU the process's peak.
+    pub(super) fn peak_bytes(&self) -> Option<u64> {
+        let last = self.findings.tokens.last().map(|(_, reading)| *reading)?;
+        match self.place.kind {
+            Kind::Cpu => last.peak_bytes?.checked_sub(self.findings.before.resident_bytes?),
+            Kind::Gpu => {
+                let free = self.findings.tokens.iter().filter_map(|(_, reading)| reading.device_free_bytes).min()?;
+                self.findings.before.device_free_bytes?.checked_sub(free)
+            }
+            Kind::RpcWorker => None, // its memory is another process's
+        }
+    }
+
+    /// Peak over plan.
+    pub(super) fn measured(&self) -> Option<Measured> {
+        let ratio = self.peak_bytes()? as f64 / self.planned_bytes() as f64;
+        Measured::new(format!("{}.memory", self.place.kind.key()), Better::Lower, [ratio])
+    }
+
+    /// Growth over tokens and over loads, of the process and of the device.
+    pub(super) fn growth(&self) -> Vec<Growth> {
+        let name = self.place.kind.title();
+        let tokens: Vec<Reading> = self.findings.tokens.iter().map(|(_, reading)| *reading).collect();
+        let n_tokens = self.findings.tokens.last().map_or(0, |(n, _)| *n);
+        let cycles = &self.findings.cycles;
+        let mut all = Vec::new();
+        let mut add = |what: &str, readings: &[Reading], value: fn(&Reading) -> Option<i64>, most: i64, unit: Unit| {
+            if let Some(grown) = growth(readings, value) {
+                let line = format!("{name}: {what} grew by {} of {}", unit.show(grown), unit.show(most));
+                all.push(Growth { holds: grown <= most, line: line + " allowed" });
+            }
+        };
+        let resident = |reading: &Reading| reading.resident_bytes.map(u64::cast_signed);
+        let device = |reading: &Reading| reading.device_free_bytes.map(|free| -free.cast_signed());
+        let threads = |reading: &Reading| reading.threads.map(u64::cast_signed);
+        let over_tokens = format!("over {n_tokens} tokens the process");
+        let over_cycles = format!("over {} loads and unloads the process", cycles.len());
+        let on_device = format!("over {} loads and unloads what the device holds", cycles.len());
+        let in_threads = format!("over {} loads and unloads the number of threads", cycles.len());
+        add(&over_tokens, &tokens, resident, MOST_TOKEN_GROWTH_BYTES, Unit::Bytes);
+        add(&over_cycles, cycles, resident, MOST_CYCLE_GROWTH_BYTES, Unit::Bytes);
+        add(&on_device, cycles, device, MOST_CYCLE_GROWTH_BYTES, Unit::Bytes);
+        add(&in_threads, cycles, threads, 0, Unit::Count);
+        all
+    }
+
+    /// Resident after the load and the most later, for the table.
+    pub(super) fn resident_bytes(&self) -> Option<(u64, u64)> {
+        let most = self.findings.tokens.iter().filter_map(|(_, reading)| reading.resident_bytes).max()?;
+        Some((self.findings.loaded.resident_bytes?, most))
+    }
+}
+
+/// How a growth is written.
+#[derive(Clone, Copy)]
+enum Unit {
+    Bytes,
+    Count,
+}
+
+impl Unit {
+    fn show(self, number: i64) -> String {
+        match self {
+            Self::Bytes => format!("{:.1} MiB", number as f64 / f64::from(1 << 20)),
+            Self::Count => number.to_string(),
+        }
+    }
+}
+
+/// From the second third of the readings to the last one, medians: the first third is for caches to fill.
+fn growth(readings: &[Reading], value: impl Fn(&Reading) -> Option<i64>) -> Option<i64> {
+    let values: Vec<f64> = readings.iter().map(|reading| value(reading).map(|n| n as f64)).collect::<Option<_>>()?;
+    let third = values.len() / 3;
+    if third == 0 {
+        return None;
+    }
+    let middle = median(values[third..2 * third].iter().copied())?;
+    let last = median(values[values.len() - third..].iter().copied())?;
+    Some((last - middle).round() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn readings(resident: impl IntoIterator<Item = u64>) -> Vec<Reading> {
+        let reading = |bytes| Reading { resident_bytes: Some(bytes), threads: Some(3), ..Reading::default() };
+        resident.into_iter().map(reading).collect()
+    }
+
+    fn memory(kind: Kind, tokens: Vec<Reading>, cycles: Vec<Reading>) -> Memory {
+        let findings = Findings {
+            planned_host_bytes: 1000,
+            planned_device_bytes: 4000,
+            before: Reading { resident_bytes: Some(50), device_free_bytes: Some(9000), ..Reading::default() },
+            loaded: Reading::default(),
+            tokens: tokens.into_iter().enumerate().map(|(n, reading)| (n as u64, reading)).collect(),
+            cycles,
+        };
+        let mut place = Place::cpu();
+        place.kind = kind;
+        Memory { place, findings }
+    }
+
+    #[test]
+    fn a_leak_of_a_megabyte_per_load_is_found_and_a_start_that_settles_is_none() {
+        let settles = readings([10, 90, 100, 100, 101, 100, 99, 100, 100].map(|mib| mib << 20));
+        let leaks = readings((0..30).map(|n| n << 20));
+        let lines = |cycles| memory(Kind::Cpu, readings([1, 1, 1]), cycles).growth();
+        assert!(lines(settles.clone()).iter().all(|growth| growth.holds));
+        let found = lines(leaks);
+        let failed: Vec<&str> =
+            found.iter().filter(|growth| !growth.holds).map(|growth| growth.line.as_str()).collect();
+        assert_eq!(failed, ["CPU: over 30 loads and unloads the process grew by 10.0 MiB of 8.0 MiB allowed"]);
+    }
+
+    #[test]
+    fn one_thread_more_is_a_leak() {
+        let mut cycles = readings([1; 6]);
+        cycles[4].threads = Some(4);
+        cycles[5].threads = Some(4);
+        assert!(memory(Kind::Cpu, readings([1, 1, 1]), cycles).growth().iter().any(|growth| !growth.holds));
+    }
+
+    #[test]
+    fn a_peak_is_the_processs_on_the_cpu_and_the_devices_loss_on_a_gpu() {
+        let reading = |free| Reading { peak_bytes: Some(1150), device_free_bytes: Some(free), ..Reading::default() };
+        let tokens = vec![reading(5500), reading(4600), reading(5000)];
+        let ratio = |kind| {
+            memory(kind, tokens.clone(), Vec::new()).measured().map(|ratio| (ratio.name.clone(), ratio.median()))
+        };
+        assert_eq!(ratio(Kind::Cpu), Some(("cpu.memory".into(), 1.1)));
+        assert_eq!(ratio(Kind::Gpu), Some(("gpu.memory".into(), 1.1)));
+        assert_eq!(ratio(Kind::RpcWorker), None);
+    }
+
+    #[test]
+    fn what_the_system_does_not_tell_is_not_judged() {
+        assert_eq!(growth(&[Reading::default(); 9], |reading| reading.threads.map(u64::cast_signed)), None);
+        assert_eq!(growth(&readings([1, 2]), |reading| reading.threads.map(u64::cast_signed)), None);
+    }
+}

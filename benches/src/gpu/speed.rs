@@ -1,0 +1,192 @@
+//! Prefill, decode and load on every place, all places and both sides by turns in each round.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::args::Args;
+use super::baseline::{Baseline, MIN_ROUNDS, Verdict};
+use super::calibrate::Calibration;
+use super::measured::{Better, Measured};
+use super::place::{Place, Sizes};
+use crate::engine::{Pair, Round, Workload};
+
+/// Other programs with more than this spoil a round: on two cores a busy neighbour costs a step not a share but a multiple.
+const DISTURBED_CORES: f64 = 0.15;
+
+/// Rounds after which a gate that is still open goes by the median.
+const MAX_GATE_ROUNDS: usize = 25;
+
+/// What is measured, in the order of a turn's samples.
+const WORKLOADS: [&str; 3] = ["decode-1", "decode-8", "prefill"];
+
+/// Sequences of `decode-8`: the guide's "good balance".
+const N_SEQ: u32 = 8;
+
+/// Every round of every place.
+#[derive(Debug, Serialize)]
+pub(super) struct Speed {
+    pub(super) places: Vec<PlaceSpeed>,
+    /// A round of each place, in their order.
+    rounds: Vec<Vec<Round>>,
+}
+
+/// What a place was given to do.
+#[derive(Debug, Serialize)]
+pub(super) struct PlaceSpeed {
+    pub(super) place: Place,
+    pub(super) layers: u32,
+    pub(super) workloads: [Workload; 3],
+    #[serde(skip)]
+    pair: Pair,
+}
+
+/// The medians of one figure on one place.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Figure {
+    pub(super) bare: f64,
+    pub(super) engine: f64,
+}
+
+/// Measures all places. With a baseline to be judged by, as many rounds as the verdict takes.
+pub(super) fn measure(
+    model: &Path,
+    places: &[Place],
+    args: &Args,
+    judge_by: Option<(&Baseline, &str)>,
+    say: fn(&str),
+) -> anyhow::Result<Speed> {
+    let mut speed = Speed { places: Vec::new(), rounds: Vec::new() };
+    for place in places {
+        speed.places.push(prepare(model, place, args)?);
+    }
+    let wanted = if judge_by.is_some() { MAX_GATE_ROUNDS } else { args.n_rounds() as usize };
+    for round in 0.. {
+        let sides = speed.places.iter().map(|place| place.pair.round(&place.workloads, round));
+        let sides = sides.collect::<anyhow::Result<Vec<Round>>>()?;
+        speed.rounds.push(sides);
+        say(&speed.last_line());
+        let n_counted = speed.counted().len();
+        let is_decided = judge_by.is_some_and(|(baseline, model)| {
+            n_counted >= MIN_ROUNDS && speed.measured().iter().all(|ratio| is_decided(baseline, model, ratio))
+        });
+        if is_decided || n_counted >= wanted {
+            break;
+        }
+    }
+    Ok(speed)
+}
+
+fn is_decided(baseline: &Baseline, model: &str, ratio: &Measured) -> bool {
+    baseline.limit(model, &ratio.name).is_none_or(|limit| limit.judge(ratio) != Verdict::Open)
+}
+
+/// Workloads that take about as long on a slow place as on a fast one.
+fn prepare(model: &Path, place: &Place, args: &Args) -> anyhow::Result<PlaceSpeed> {
+    let calibration = Calibration::of(model, place, args)?;
+    let decode = calibration.steps(16, 256);
+    let workloads = [
+        Workload { n_seq: 1, prompt_tokens: 32, generate_tokens: decode },
+        Workload { n_seq: N_SEQ, prompt_tokens: 32, generate_tokens: (decode / 2).max(16) },
+        Workload { n_seq: 1, prompt_tokens: calibration.prompt_tokens(32, 512), generate_tokens: 1 },
+    ];
+    let context_tokens = workloads.iter().map(Workload::context_tokens).max().unwrap_or(0);
+    let sizes = Sizes { n_seq: N_SEQ, context_tokens };
+    let pair = place.pair(place.config(model, sizes, None, args.threads))?.slowed_down(args.slow_down);
+    let layers = pair.rung().placement.n_gpu_layers();
+    Ok(PlaceSpeed { place: place.clone(), layers, workloads, pair })
+}
+
+impl Speed {
+    /// The rounds that other programs left alone, or all of them when those are fewer than half.
+    fn counted(&self) -> Vec<&Vec<Round>> {
+        let calm: Vec<_> =
+            self.rounds.iter().filter(|round| others(round).is_none_or(|c| c <= DISTURBED_CORES)).collect();
+        if calm.len() * 2 >= self.rounds.len() { calm } else { self.rounds.iter().collect() }
+    }
+
+    /// How many rounds count, of how many, and the median of what others took.
+    pub(super) fn conditions(&self) -> (usize, usize, Option<f64>) {
+        let others = crate::stats::median(self.rounds.iter().filter_map(|round| others(round)));
+        (self.counted().len(), self.rounds.len(), others)
+    }
+
+    /// Every ratio, round by round.
+    pub(super) fn measured(&self) -> Vec<Measured> {
+        let rounds = self.counted();
+        let mut all = Vec::new();
+        for (at, place) in self.places.iter().enumerate() {
+            let key = place.place.kind.key();
+            for (index, name) in WORKLOADS.iter().enumerate() {
+                let ratios = rounds.iter().map(|round| place.ratio(&round[at], index));
+                all.extend(Measured::new(format!("{key}.{name}"), Better::Higher, ratios));
+            }
+            let loads = rounds.iter().map(|round| round[at].engine.load_s / round[at].bare.load_s);
+            all.extend(Measured::new(format!("{key}.load"), Better::Lower, loads));
+        }
+        // The first place is the CPU.
+        for (at, place) in self.places.iter().enumerate().skip(1) {
+            for (index, name) in WORKLOADS.iter().enumerate() {
+                let name = format!("{}/cpu.{name}", place.place.kind.key());
+                let ratios = rounds
+                    .iter()
+                    .map(|round| place.rate(&round[at], index, true) / self.places[0].rate(&round[0], index, true));
+                all.extend(Measured::new(name, Better::Higher, ratios));
+            }
+        }
+        all
+    }
+
+    /// The medians of one workload, in tokens per second.
+    pub(super) fn figure(&self, at: usize, workload: usize) -> Figure {
+        let rounds = self.counted();
+        let side = |engine: bool| {
+            crate::stats::median(rounds.iter().map(|round| self.places[at].rate(&round[at], workload, engine)))
+                .unwrap_or(f64::NAN)
+        };
+        Figure { bare: side(false), engine: side(true) }
+    }
+
+    /// The medians of the time to load, in seconds.
+    pub(super) fn load(&self, at: usize) -> Figure {
+        let rounds = self.counted();
+        let median = |value: &dyn Fn(&Round) -> f64| {
+            crate::stats::median(rounds.iter().map(|round| value(&round[at]))).unwrap_or(f64::NAN)
+        };
+        Figure { bare: median(&|round| round.bare.load_s), engine: median(&|round| round.engine.load_s) }
+    }
+
+    /// A line per round, so that a long run shows that it lives.
+    fn last_line(&self) -> String {
+        let Some(round) = self.rounds.last() else { return String::new() };
+        let ratios = self.places.iter().zip(round).map(|(place, round)| {
+            let ratios = [0, 1, 2].map(|index| format!("{:.3}", place.ratio(round, index)));
+            format!("{} {}", place.place.kind.key(), ratios.join(" "))
+        });
+        let others = others(round).map_or_else(String::new, |cores| format!("; others took {cores:.2} cores"));
+        let ratios = ratios.collect::<Vec<_>>().join(", ");
+        format!("round {}: {}: {ratios}{others}", self.rounds.len(), WORKLOADS.join(", "))
+    }
+}
+
+impl PlaceSpeed {
+    /// Tokens per second of a workload on one side: of the prompt where nothing more than the first token is generated.
+    fn rate(&self, round: &Round, index: usize, engine: bool) -> f64 {
+        let sample = &(if engine { &round.engine } else { &round.bare }).samples[index];
+        let workload = &self.workloads[index];
+        match workload.generate_tokens {
+            1 => f64::from(workload.prompt_tokens) / sample.prefill_s(),
+            _ => sample.decode_rate(),
+        }
+    }
+
+    /// The engine over the floor.
+    fn ratio(&self, round: &Round, index: usize) -> f64 {
+        self.rate(round, index, true) / self.rate(round, index, false)
+    }
+}
+
+/// What other programs took during a round, at most.
+fn others(round: &[Round]) -> Option<f64> {
+    round.iter().filter_map(|round| round.others_cores).reduce(f64::max)
+}
