@@ -3,10 +3,10 @@
 //! A broken driver, an instruction that the CPU lacks or a wedged GPU ends or hangs whoever touches it. So a child touches it:
 //! it loads each module, asks each device what it is, allocates a little of its memory and computes one small product, and says
 //! before each step what it is about to do. What ends the child is left out here, with a line in the log that says why and what
-//! to do. A finding without problems is kept until the next boot, driver or build ([`cache`]).
+//! to do. A finding without problems is kept until the next boot, driver or build (`cache.rs`).
 //!
 //! The child is a program that calls [`run_probe_child`], usually the same one: see [`ProbeConfig`]. Without one nothing is
-//! tried, and a broken backend takes the process along. Start with [`probe`]; [`parent`] runs the child, [`child`] is it.
+//! tried, and a broken backend takes the process along. Start with [`probe`]; `parent.rs` runs the child, `child.rs` is it.
 
 mod cache;
 mod child;
