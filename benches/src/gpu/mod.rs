@@ -2,8 +2,8 @@
 //! floor (a bare `llama_decode` loop) beside each figure.
 //!
 //! Needs no cargo and no source tree: the program `bench_gpu` runs wherever a bundle does. Only ratios within one run mean
-//! anything, so that is what a [`baseline`] holds. Start with [`run`]; [`place`] is where a model runs, [`speed`] and [`sweeps`]
-//! measure, [`memory`] does so in a process of its own, [`report`] writes.
+//! anything, so that is what a `baseline` holds. Start with [`run`]; `place` is where a model runs, `speed` and `sweeps`
+//! measure, `memory` does so in a process of its own, `report` writes.
 
 mod args;
 mod baseline;

@@ -131,6 +131,9 @@ int mnv_trial_new(ggml_backend_dev_t device, bool repacked, mnv_trial ** out, mn
         const std::vector<float> inputs = values(COLUMNS * TOKENS, 2);
         ggml_backend_tensor_set(weights, packed.data(), 0, packed.size());
         ggml_backend_tensor_set(tokens, inputs.data(), 0, inputs.size() * sizeof(float));
+        // Memory that another device's trial has freed still holds the right answer: a device that computes nothing would pass.
+        const std::vector<float> nothing(ROWS * TOKENS, NAN);
+        ggml_backend_tensor_set(trial->product, nothing.data(), 0, nothing.size() * sizeof(float));
 
         trial->expected.assign(ROWS * TOKENS, 0.0);
         for (int64_t token = 0; token < TOKENS; token++) {

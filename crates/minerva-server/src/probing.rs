@@ -11,6 +11,9 @@ use crate::config::{Config, PROBE};
 /// Hands what a process found to the one that takes its place: problems as JSON.
 pub(crate) const KNOWN_PROBLEMS: &str = "MINERVA_KNOWN_PROBLEMS";
 
+/// Metal compiles its kernels on the first start after an installation, which takes seconds and is no reason to do without.
+const METAL_FACTOR: u32 = 3;
+
 /// The child's side, for the arguments after [`PROBE`].
 pub(crate) fn run_child() -> ExitCode {
     run_probe_child(std::env::args_os().skip(2).map(|arg| arg.to_string_lossy().into_owned()))
@@ -18,7 +21,8 @@ pub(crate) fn run_child() -> ExitCode {
 
 /// What to start and how long to wait; `None` when the configuration wants no probe, or this program cannot be found.
 pub(crate) fn config(config: &Config) -> Option<ProbeConfig> {
-    let time_limit_ms = u64::try_from(config.gpu.probe_seconds.duration().as_millis()).unwrap_or(u64::MAX);
+    let time_limit = config.gpu.probe_seconds.duration() * if cfg!(target_os = "macos") { METAL_FACTOR } else { 1 };
+    let time_limit_ms = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
     Some(ProbeConfig { time_limit_ms, ..default_config()? }).filter(|_| config.gpu.probe)
 }
 

@@ -1,5 +1,5 @@
 //! What the two binaries do: read the configuration, then serve, or print something and exit. `minerva rpc-worker` is in
-//! [`rpc_worker`](crate::rpc_worker), `minerva doctor` in [`doctor`](crate::doctor).
+//! `rpc_worker.rs`, `minerva doctor` in `doctor.rs`.
 //!
 //! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed or nothing can run, 2 for a configuration that cannot be used,
 //! 130 or 143 for a second signal.

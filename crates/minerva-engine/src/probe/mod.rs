@@ -131,7 +131,12 @@ fn leave_out(report: &ProbeReport) {
     if report.gave_up.is_some() || !report.hide_gpus.is_empty() {
         return; // nothing is known, or nothing may be touched
     }
-    minerva_llama::use_modules(report.modules.clone());
+    // The child tried the CPU first; ggml has its own order, and with it go the numbers of devices.
+    let groups = minerva_llama::module_groups();
+    let order: Vec<_> = groups.iter().flat_map(|group| group.variants.iter().chain(&group.plain)).collect();
+    let mut modules = report.modules.clone();
+    modules.sort_by_key(|module| order.iter().position(|known| *known == module));
+    minerva_llama::use_modules(modules);
     let mut left_out: Vec<_> = report.devices.iter().filter(|device| !device.works).map(|d| d.name.clone()).collect();
     left_out.extend(report.problems.iter().filter_map(|problem| match &problem.subject {
         Subject::Device(name) => Some(name.clone()),

@@ -1,6 +1,6 @@
 //! How much memory a model will take on each device, from its header alone: no weights are read, no llama.cpp is linked.
 //!
-//! Weights and cache are sums over tensors. Scratch is simulated: [`graph`] writes down the step that llama.cpp would reserve
+//! Weights and cache are sums over tensors. Scratch is simulated: `graph` writes down the step that llama.cpp would reserve
 //! memory for and packs it with ggml's own rules, so that the figure follows every change of batch, context, cache type and
 //! placement. [`ModelShape`] reads the sizes, [`LoadSettings`] and [`Placement`] say what is wanted, [`estimate`] answers.
 

@@ -174,8 +174,8 @@ pub static SETTINGS: &[Setting] = &[
         `false` saves a fraction of a second and lets a broken driver end the server. See docs/troubleshooting.md.")
         .off("no-probe"),
     setting("gpu.probe_seconds", "MINERVA_PROBE_SECONDS", "probe-time", Kind::Seconds { max: 300.0 }, Initial::Seconds(5.0),
-        "How long a device may take to answer when it is tried; all of them together get a second more. GPUs without \
-        persistence mode take seconds to wake."),
+        "How long a device may take to answer when it is tried (three times as long on macOS); all of them together get a \
+        second more. GPUs without persistence mode take seconds to wake."),
     // Speed and memory.
     setting("performance.threads", "MINERVA_GPU_THREADS", "threads", Kind::Uint { min: 1, max: 1_024, words: AUTO_OR_MINUS_ONE },
         Initial::Unset,
