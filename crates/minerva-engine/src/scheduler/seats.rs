@@ -54,7 +54,7 @@ impl Seat {
 #[derive(Debug)]
 pub(super) struct Seats {
     all: Vec<Seat>,
-    /// Busy seats in order of admission, so that a step is fair and its rows are stable from step to step.
+    /// Busy seats in order of admission, so that a step is fair.
     order: Vec<SeqId>,
     limits: BackendLimits,
     stamp: u64,

@@ -438,14 +438,14 @@ fn long_prompt_prefills_in_chunks_while_another_sequence_decodes() {
 }
 
 #[test]
-fn decoding_sequences_come_first_and_in_the_order_of_their_admission() {
+fn decoding_sequences_come_first_and_in_the_order_of_their_numbers() {
     let trace = simulate(
         limits(3, 8),
         &[
             request("a").prompt(3).generate(3),
             request("b").prompt(3).generate(5),
             request("c").prompt(3).generate(4),
-            request("d").prompt(5).generate(2), // gets the seat of a, and comes last all the same
+            request("d").prompt(5).generate(2), // gets the seat of a, and decodes in its place
         ],
     );
     expect![[r#"
@@ -453,7 +453,7 @@ fn decoding_sequences_come_first_and_in_the_order_of_their_admission() {
         tick 1 | a decode | b decode | c prefill 2..3
         tick 2 | a decode | b decode | c decode
         tick 3 | b decode | c decode | d prefill 0..5
-        tick 4 | b decode | c decode | d decode
+        tick 4 | d decode | b decode | c decode
     "#]]
     .assert_eq(&trace);
 }
@@ -484,7 +484,7 @@ fn nobody_overtakes_a_request_that_waits_for_more_room() {
         tick 1 | a decode
         tick 2 | a decode
         tick 3 | b.0 prefill 0..2 | b.1 copies b.0
-        tick 4 | b.0 decode | b.1 decode
+        tick 4 | b.1 decode | b.0 decode
         tick 5 | c prefill 0..2
         tick 6 | c decode
     "#]]
@@ -602,7 +602,7 @@ fn a_cancelled_request_gives_back_the_seats_that_wait_for_its_prompt() {
         tick 0 | a.0 prefill 0..4
         tick 1 | a.0 prefill 4..8
         tick 2 | a is cancelled | b.0 prefill 0..3 | b.1 copies b.0 | b.2 copies b.0
-        tick 3 | b.0 decode | b.1 decode | b.2 decode
+        tick 3 | b.1 decode | b.2 decode | b.0 decode
     "#]]
     .assert_eq(&trace);
 }
