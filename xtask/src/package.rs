@@ -29,7 +29,7 @@ pub(crate) struct Args {
 }
 
 /// The programs of a bundle.
-const PROGRAMS: [&str; 2] = ["minerva", "minerva-server"];
+const PROGRAMS: [&str; 3] = ["minerva", "minerva-server", "bench_gpu"];
 
 /// What a build left behind.
 struct Built {
@@ -77,7 +77,8 @@ fn build() -> anyhow::Result<Built> {
         remove_dangling_links(&target_dir.join(&target).join("dist").join(folder))?;
     }
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--profile", "dist", "--target", &target, "-p", "minerva-server"]);
+    cargo.args(["build", "--profile", "dist", "--target", &target]);
+    cargo.args(["-p", "minerva-server", "-p", "minerva-benches", "--bins"]);
     cargo.args(["--features", "dynamic-backends", "--message-format", "json-render-diagnostics"]);
     cargo.env("CARGO_TARGET_DIR", &target_dir).env("MINERVA_BUNDLE", "1");
     // In place of the workspace's `target-cpu=native`. What computes is in llama.cpp's modules, which choose for themselves.

@@ -104,7 +104,7 @@ impl Place {
         let llama_devices = minerva_llama::add_rpc_server(&server)?;
         Ok(Self {
             kind: Kind::RpcWorker,
-            name: format!("{} device(s) of a worker process", llama_devices.len()),
+            name: format!("a worker process on {}", cpu_name(&CpuInfo::read())),
             choice: DeviceChoice::Cpu,
             rpc: Some(server),
             llama_devices,

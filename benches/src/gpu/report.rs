@@ -9,6 +9,7 @@ use minerva_gpu::format_bytes;
 use serde::Serialize;
 
 use super::args::{Args, Part};
+use super::baseline::MIN_ROUNDS;
 use super::chart::{Chart, Line, svg};
 use super::measured::Measured;
 use super::memory::Memory;
@@ -152,25 +153,27 @@ impl Report {
             _ => ("Depth of the context", "depth", &GUIDE_CONTEXT),
         };
         lines.extend([format!("### {title}"), String::new()]);
-        let mut table = Table::new(
-            ["where", x, "floor tok/s", "engine tok/s", "engine / floor", "× of the first", "the guide's ×"]
-                .into_iter()
-                .chain((part == Part::Context).then_some("prefill tok/s")),
-        );
+        let mut titles = vec!["where", x, "floor tok/s", "engine tok/s", "engine / floor", "× of the first"];
+        titles.extend((!guide.is_empty()).then_some("the guide's ×"));
+        titles.extend((part == Part::Context).then_some("prefill tok/s"));
+        let mut table = Table::new(titles);
         for sweep in &sweeps {
             let first = sweep.points.first().map_or(f64::NAN, |point| point.decode_rate(true));
             for point in &sweep.points {
-                let guide = guide.iter().find(|(x, _)| *x == point.x);
-                let row = [
+                let mut row = vec![
                     sweep.place.kind.title().to_owned(),
                     point.x.to_string(),
                     number(point.decode_rate(false)),
                     number(point.decode_rate(true)),
                     format!("{:.3}", point.ratio()),
                     format!("{:.2}", point.decode_rate(true) / first),
-                    guide.map_or_else(|| "–".to_owned(), |(_, factor)| format!("{factor:.1}")),
                 ];
-                table.row(row.into_iter().chain((part == Part::Context).then(|| number(point.prefill_rate(true)))));
+                if !guide.is_empty() {
+                    let factor = guide.iter().find(|(x, _)| *x == point.x).map(|(_, factor)| format!("{factor:.1}"));
+                    row.push(factor.unwrap_or_else(|| "–".to_owned()));
+                }
+                row.extend((part == Part::Context).then(|| number(point.prefill_rate(true))));
+                table.row(row);
             }
         }
         lines.push(table.render());
@@ -259,11 +262,14 @@ fn speed_section(speed: &Speed, lines: &mut Vec<String>) {
         .collect();
     lines.extend(against_cpu);
     let (counted, all, others) = speed.conditions();
-    let others =
-        others.map_or_else(String::new, |cores| format!("; other programs took {cores:.2} cores in the median"));
+    let rounds = if counted < all {
+        format!("{counted} of {all} rounds count: other programs disturbed the rest")
+    } else {
+        format!("All {all} rounds count")
+    };
+    let others = others.map_or_else(String::new, |cores| format!("; others took {cores:.2} cores in the median"));
     lines.push(format!(
-        "{counted} of {all} rounds count (the others were disturbed){others}. The spread is where the median lies with 97 % \
-         certainty; it takes 7 rounds to say.\n"
+        "{rounds}{others}. The spread is where the median lies with 97 % certainty; it takes {MIN_ROUNDS} rounds to say.\n"
     ));
 }
 
