@@ -36,8 +36,7 @@ const GRID_LINES: u32 = 4;
 /// All panels side by side, a legend under each. `y_label` is the unit of every panel.
 pub(super) fn svg(charts: &[Chart], y_label: &str) -> String {
     let n_lines = charts.iter().map(|chart| chart.lines.len()).max().unwrap_or(0);
-    let (width, height) =
-        (PANEL_WIDTH * charts.len() as f64, PANEL_HEIGHT + LEGEND_LINE * n_lines as f64 + LEGEND_LINE / 2.0);
+    let (width, height) = (PANEL_WIDTH * charts.len() as f64, PANEL_HEIGHT + LEGEND_LINE * (n_lines as f64 + 1.0));
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width:.0} {height:.0}\" role=\"img\" \
          font-family=\"system-ui, sans-serif\" font-size=\"11\">\n\
@@ -137,7 +136,7 @@ fn panel(text: &mut String, chart: &Chart, offset: f64, y_label: &str) {
         for (x, y) in points.iter().filter(|_| !line.dashed) {
             add(format_args!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>"));
         }
-        let y = PANEL_HEIGHT + LEGEND_LINE * at as f64;
+        let y = PANEL_HEIGHT + LEGEND_LINE * (at as f64 + 0.5);
         let (from, to) = (scale.left, scale.left + 24.0);
         add(format_args!(
             "<line stroke=\"{colour}\" stroke-width=\"2\"{dash} x1=\"{from:.1}\" y1=\"{y:.1}\" x2=\"{to:.1}\" y2=\"{y:.1}\"/>"
