@@ -29,11 +29,21 @@ fn process_ms(pid: u32) -> Option<f64> {
     parse_process(&stat).map(|ticks| ticks * ms_per_tick())
 }
 
-/// `utime` and `stime`, fields 14 and 15; the name in field 2 may hold spaces and brackets.
+/// CPU time of all children of this process that have ended and were waited for, in milliseconds.
+fn ended_children_ms() -> Option<f64> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    parse_times(&stat).map(|[_, _, user, system]| (user + system) * ms_per_tick())
+}
+
 fn parse_process(stat: &str) -> Option<f64> {
+    parse_times(stat).map(|[user, system, ..]| user + system)
+}
+
+/// `utime`, `stime`, `cutime` and `cstime`, fields 14 to 17; the name in field 2 may hold spaces and brackets.
+fn parse_times(stat: &str) -> Option<[f64; 4]> {
     let (_, after_name) = stat.rsplit_once(')')?;
     let mut times = after_name.split_whitespace().skip(11).map_while(|field| field.parse::<f64>().ok());
-    Some(times.next()? + times.next()?)
+    Some([times.next()?, times.next()?, times.next()?, times.next()?])
 }
 
 fn ms_per_tick() -> f64 {
@@ -56,11 +66,17 @@ pub(crate) fn own_ms() -> Option<f64> {
     None
 }
 
+/// Whom a watch is not for, beside this process.
+#[derive(Debug, Clone, Copy)]
+enum Measured {
+    Process(u32),
+    Children,
+}
+
 /// A watch on what everybody but the measured process and this one takes.
 #[derive(Debug)]
 pub(crate) struct OthersWatch {
-    /// The measured process, where it is not this one.
-    pid: Option<u32>,
+    measured: Measured,
     began: Instant,
     /// Of others, so far.
     used_ms: f64,
@@ -69,25 +85,31 @@ pub(crate) struct OthersWatch {
 impl OthersWatch {
     /// Begins to watch; `None` where the system does not tell, or the measured process is not known.
     pub(crate) fn start(pid: Option<u32>) -> Option<Self> {
-        let pid = Some(pid?);
-        Some(Self { pid, began: Instant::now(), used_ms: others_ms(pid)? })
+        Self::watch(Measured::Process(pid?))
     }
 
-    /// The same where this process is the measured one.
-    pub(crate) fn start_here() -> Option<Self> {
-        Some(Self { pid: None, began: Instant::now(), used_ms: others_ms(None)? })
+    /// The same where the measured ones are children of this process that begin and end during the watch.
+    pub(crate) fn start_with_children() -> Option<Self> {
+        Self::watch(Measured::Children)
+    }
+
+    fn watch(measured: Measured) -> Option<Self> {
+        Some(Self { measured, began: Instant::now(), used_ms: others_ms(measured)? })
     }
 
     /// How many cores others have kept busy since the start.
     pub(crate) fn cores(&self) -> Option<f64> {
-        let used_ms = others_ms(self.pid)? - self.used_ms;
+        let used_ms = others_ms(self.measured)? - self.used_ms;
         Some((used_ms / (self.began.elapsed().as_secs_f64() * 1e3)).max(0.0))
     }
 }
 
-fn others_ms(pid: Option<u32>) -> Option<f64> {
-    let measured = pid.map_or(Some(0.0), process_ms)?;
-    Some(machine_ms()? - measured - own_ms()?)
+fn others_ms(measured: Measured) -> Option<f64> {
+    let measured_ms = match measured {
+        Measured::Process(pid) => process_ms(pid)?,
+        Measured::Children => ended_children_ms()?,
+    };
+    Some(machine_ms()? - measured_ms - own_ms()?)
 }
 
 /// Waits until everybody together takes less than `cores`, but not for ever. Nothing may be under way on our side.
@@ -116,8 +138,9 @@ mod tests {
 
     #[test]
     fn a_process_may_have_any_name() {
-        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 5 0 0 0 30 12 0 0 20 0 3 0 100 1 1\n";
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 5 0 0 0 30 12 5 6 20 0 3 0 100 1 1\n";
         assert_eq!(parse_process(stat), Some(42.0));
+        assert_eq!(parse_times(stat), Some([30.0, 12.0, 5.0, 6.0]));
         assert_eq!(parse_process("7 (a) S 1"), None);
     }
 }

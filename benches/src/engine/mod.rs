@@ -1,7 +1,8 @@
-//! What the engine costs beside llama.cpp: the same work through a bare `llama_decode` loop and through the engine, in one
-//! process, alternating, with the same settings and a thread pool in both.
+//! What the engine costs beside llama.cpp: the same work through a bare `llama_decode` loop and through the engine, alternating,
+//! with the same settings and a thread pool in both. [`run`] does so in one process, `beside` in one for each side.
 
 mod bare;
+mod beside;
 mod pair;
 mod report;
 mod through_engine;
@@ -10,14 +11,16 @@ use std::path::Path;
 
 use minerva_engine::{EngineConfig, FlashAttention};
 use minerva_gpu::DeviceChoice;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-pub(crate) use pair::{Pair, Round};
+pub(crate) use beside::{Beside, Round, Runs, work as be_a_side};
+use pair::Pair;
+pub(crate) use pair::Sides;
 pub use report::Report;
 pub(crate) use through_engine::run as run_engine;
 
 /// What is measured.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Workload {
     /// Sequences at once.
     pub n_seq: u32,
@@ -59,7 +62,7 @@ pub struct Settings {
 }
 
 /// One run of one side.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Sample {
     /// From the first prompt token to the last generated one, in seconds.
     pub total_s: f64,
@@ -105,8 +108,8 @@ pub fn run(model_path: &Path, workload: Workload, settings: Settings) -> anyhow:
     let pair = Pair::new(config, &[])?;
     let mut report = Report::new(workload, settings);
     for round in 0..settings.rounds {
-        let Round { bare, engine, .. } = pair.round(&[workload], round)?;
-        report.push(bare.samples[0], engine.samples[0]);
+        let Sides { bare, engine } = pair.round(workload, round)?;
+        report.push(bare, engine);
     }
     Ok(report)
 }

@@ -1,11 +1,7 @@
-//! Both sides of a comparison, loaded, run and dropped by turns.
-//!
-//! One side at a time, each on threads that end with it: OpenMP keeps a team for every thread that computed, and spins less
-//! once there are more of them than cores, so a side that stays would slow down the other.
+//! Both sides of a comparison from one plan: the engine, and the bare loop with exactly what the engine plans for itself.
 
 use std::ops::ControlFlow;
 use std::thread;
-use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use minerva_engine::{Engine, EngineConfig, FlashAttention, KvType};
@@ -16,11 +12,10 @@ use serde::Serialize;
 
 use super::bare::Bare;
 use super::{Sample, Workload, through_engine};
-use crate::machine::OthersWatch;
 
-/// The engine with one configuration, and the bare loop with exactly what the engine plans for it.
+/// One configuration of the engine, and what a bare loop needs to do the same.
 #[derive(Debug, Clone)]
-pub(crate) struct Pair {
+pub(super) struct Pair {
     config: EngineConfig,
     plan: Plan,
     model: ModelParams,
@@ -28,26 +23,16 @@ pub(crate) struct Pair {
     slow_down_percent: f64,
 }
 
-/// One side's turn: a load, then the workloads in order.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Turn {
-    /// From the start of the load until a step can be computed, in seconds; the first token of it included.
-    pub(crate) load_s: f64,
-    pub(crate) samples: Vec<Sample>,
-}
-
-/// A turn of each side.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Round {
-    pub(crate) bare: Turn,
-    pub(crate) engine: Turn,
-    /// Cores that other programs kept busy meanwhile; `None` where the system does not tell.
-    pub(crate) others_cores: Option<f64>,
+/// Something of either side.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Sides<T> {
+    pub(crate) bare: T,
+    pub(crate) engine: T,
 }
 
 impl Pair {
     /// Plans for the configuration. `llama_devices` are llama.cpp's numbers of the planned machine's devices, in its order.
-    pub(crate) fn new(config: EngineConfig, llama_devices: &[usize]) -> anyhow::Result<Self> {
+    pub(super) fn new(config: EngineConfig, llama_devices: &[usize]) -> anyhow::Result<Self> {
         let machine = Engine::machine(&config)?;
         let plan = Engine::plan(&config, &machine).context("the engine's plan")?;
         let rung = plan.best();
@@ -69,52 +54,64 @@ impl Pair {
 
     /// Makes every step of the engine take so much longer.
     #[must_use]
-    pub(crate) fn slowed_down(mut self, percent: f64) -> Self {
+    pub(super) fn slowed_down(mut self, percent: f64) -> Self {
         self.slow_down_percent = percent;
         self
     }
 
     /// What the engine plans.
-    pub(crate) fn rung(&self) -> &Rung {
-        self.plan.best()
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
     }
 
-    /// A turn of each side. Who goes first alternates with `round`, so that a machine that gets faster or slower favours
-    /// neither.
-    pub(crate) fn round(&self, workloads: &[Workload], round: u32) -> anyhow::Result<Round> {
-        let watch = OthersWatch::start_here();
-        let (bare, engine) = if round.is_multiple_of(2) {
-            let bare = self.bare(workloads, round)?;
-            (bare, self.engine(workloads, round)?)
+    /// Whether both sides can be loaded at once and neither has to give anything up.
+    pub(super) fn fits_twice(&self) -> bool {
+        let estimate = &self.plan.best().estimate;
+        let devices = self.plan.devices.iter().zip(&estimate.devices);
+        let mut rooms = devices.map(|(device, load)| {
+            let room = device.free_bytes.min(device.limit_bytes);
+            2 * (load.total_bytes() + device.overhead_bytes) <= room
+        });
+        rooms.all(|fits| fits) && 2 * estimate.host.total_bytes() <= self.plan.host.free_bytes
+    }
+
+    /// A run of each side in this process. Who goes first alternates with `round`, so that a machine that gets faster or
+    /// slower favours neither.
+    ///
+    /// One side at a time, each on threads that end with it: OpenMP keeps a team for every thread that computed, and spins
+    /// less once there are more of them than cores, so a side that stays would slow down the other.
+    pub(super) fn round(&self, workload: Workload, round: u32) -> anyhow::Result<Sides<Sample>> {
+        if round.is_multiple_of(2) {
+            let bare = self.bare(workload, round)?;
+            Ok(Sides { bare, engine: self.engine(workload, round)? })
         } else {
-            let engine = self.engine(workloads, round)?;
-            (self.bare(workloads, round)?, engine)
-        };
-        Ok(Round { bare, engine, others_cores: watch.and_then(|watch| watch.cores()) })
+            let engine = self.engine(workload, round)?;
+            Ok(Sides { bare: self.bare(workload, round)?, engine })
+        }
     }
 
-    /// A turn of the bare loop.
-    pub(crate) fn bare(&self, workloads: &[Workload], round: u32) -> anyhow::Result<Turn> {
-        let turn = || -> anyhow::Result<Turn> {
-            let began = Instant::now();
-            let mut bare = Bare::load(&self.config.model_path, &self.model, &self.context)?;
-            let load_s = began.elapsed().as_secs_f64();
-            let samples = run_all(workloads, round, |workload, seed| bare.run(workload, seed))?;
-            Ok(Turn { load_s, samples })
+    /// A load and a run of the bare loop.
+    fn bare(&self, workload: Workload, seed: u32) -> anyhow::Result<Sample> {
+        let turn = || -> anyhow::Result<Sample> {
+            let mut bare = self.load_bare()?;
+            bare.run(workload.warm_up(), !seed)?;
+            bare.run(workload, seed)
         };
         let joined = thread::scope(|scope| scope.spawn(turn).join());
         joined.map_err(|_| anyhow::anyhow!("the bare loop panicked"))?.context("the bare loop")
     }
 
-    fn engine(&self, workloads: &[Workload], round: u32) -> anyhow::Result<Turn> {
-        let began = Instant::now();
+    fn engine(&self, workload: Workload, seed: u32) -> anyhow::Result<Sample> {
         let engine = self.load_engine()?;
-        let load_s = began.elapsed().as_secs_f64();
-        let samples = run_all(workloads, round, |workload, seed| through_engine::run(&engine, workload, seed))?;
-        Ok(Turn { load_s, samples })
+        through_engine::run(&engine, workload.warm_up(), !seed)?;
+        through_engine::run(&engine, workload, seed)
     }
 
-    fn load_engine(&self) -> anyhow::Result<Engine> {
+    pub(super) fn load_bare(&self) -> anyhow::Result<Bare> {
+        Bare::load(&self.config.model_path, &self.model, &self.context)
+    }
+
+    pub(super) fn load_engine(&self) -> anyhow::Result<Engine> {
         let config = self.config.clone();
         let engine = if self.slow_down_percent > 0.0 {
             Engine::load_slowed(&config, self.slow_down_percent)
@@ -128,20 +125,6 @@ impl Pair {
         }
         Ok(engine)
     }
-}
-
-/// Each workload with prompts of its own, after a short run of it that does not count.
-fn run_all(
-    workloads: &[Workload],
-    round: u32,
-    mut run: impl FnMut(Workload, u32) -> anyhow::Result<Sample>,
-) -> anyhow::Result<Vec<Sample>> {
-    let seeds = (0..).map(|index| (round << 8) | index);
-    let measured = workloads.iter().zip(seeds).map(|(&workload, seed)| {
-        run(workload.warm_up(), !seed)?;
-        run(workload, seed)
-    });
-    measured.collect()
 }
 
 /// As the engine makes them from its plan.

@@ -57,6 +57,9 @@ pub struct Args {
     /// Make every step of the engine take so much longer, to prove that --gate notices
     #[arg(long, value_name = "PERCENT", default_value_t = 0.0, hide = true)]
     pub(super) slow_down: f64,
+    /// Be one of the two sides that are compared
+    #[arg(long, value_name = "JSON", hide = true)]
+    pub(super) side_worker: Option<String>,
     /// Be the process whose memory is measured
     #[arg(long, value_name = "JSON", hide = true)]
     pub(super) memory_worker: Option<String>,
@@ -73,7 +76,7 @@ pub(super) enum Part {
     Layers,
     /// Sequences at once.
     Batch,
-    /// Depth of the context.
+    /// Tokens of context.
     Context,
 }
 

@@ -58,7 +58,7 @@ impl Limit {
             _ => STEADY,
         };
         let value = measured.median();
-        let needed = 3.0 * measured.error_of_median(MIN_ROUNDS) / value;
+        let needed = 3.0 * measured.error_of_median(MIN_ROUNDS * measured.per_round) / value;
         if needed > most {
             bail!(
                 "{} spreads too much: {MIN_ROUNDS} rounds would need a tolerance of {:.1} %, {:.1} % is the most; wait \
@@ -149,7 +149,7 @@ impl Baseline {
             let holds = limit.is_met_by(value);
             all_hold &= holds;
             format!(
-                "{}: {} is {value:.3}, the baseline {:.3}, the {} that holds {:.3} ({} rounds)",
+                "{}: {} is {value:.3}, the baseline {:.3}, the {} that holds {:.3} (median of {})",
                 if holds { "holds" } else { "FAILS" },
                 measured.name,
                 limit.value,
@@ -205,8 +205,8 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "FAILS: cpu.decode-1 is 0.900, the baseline 0.990, the least that holds 0.941 (1 rounds)",
-                "holds: cpu.memory is 1.050, the baseline 1.020, the most that holds 1.071 (1 rounds)",
+                "FAILS: cpu.decode-1 is 0.900, the baseline 0.990, the least that holds 0.941 (median of 1)",
+                "holds: cpu.memory is 1.050, the baseline 1.020, the most that holds 1.071 (median of 1)",
                 "not compared: gpu.decode-1 is 1.000, the baseline has no such ratio",
             ]
         );

@@ -8,27 +8,27 @@ use crate::engine::Workload;
 
 /// The first, short look. Its prompts differ from those of every round.
 const FIRST: Workload = Workload { n_seq: 1, prompt_tokens: 64, generate_tokens: 8 };
-const FIRST_ROUND: u32 = 0xffff;
+const FIRST_SEED: u32 = 0xffff;
 
 /// Times of one sequence.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Calibration {
     step_s: f64,
     prompt_token_s: f64,
-    /// How long a workload should take.
+    /// How long a run should take: two that are compared follow one another as closely.
     seconds: f64,
 }
 
 impl Calibration {
     /// A turn of the bare loop. It also brings the file into the system's cache.
-    pub(super) fn of(model: &Path, place: &Place, args: &Args) -> anyhow::Result<Self> {
+    pub(super) fn of(model: &Path, place: &Place, args: &Args, program: &Path) -> anyhow::Result<Self> {
         let sizes = Sizes { n_seq: 1, context_tokens: FIRST.context_tokens() };
-        let pair = place.pair(place.config(model, sizes, None, args.threads))?;
-        let sample = pair.bare(&[FIRST], FIRST_ROUND)?.samples[0];
+        let beside = place.beside(&place.config(model, sizes, None, args.threads), 0.0, program)?;
+        let sample = beside.bare(FIRST, FIRST_SEED)?;
         Ok(Self {
             step_s: sample.decode_s / sample.decode_tokens as f64,
             prompt_token_s: sample.prefill_s() / f64::from(FIRST.prompt_tokens),
-            seconds: if args.quick { 0.3 } else { 1.0 },
+            seconds: if args.quick { 0.2 } else { 0.4 },
         })
     }
 

@@ -15,13 +15,15 @@ pub(super) enum Better {
     Lower,
 }
 
-/// One ratio by its name, such as `cpu.decode-1`, round by round.
+/// One ratio by its name, such as `cpu.decode-1`, with every value of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Measured {
     pub(super) name: String,
     pub(super) better: Better,
     /// Never empty.
     pub(super) values: Vec<f64>,
+    /// How many values a round brings.
+    pub(super) per_round: usize,
 }
 
 impl Measured {
@@ -29,7 +31,12 @@ impl Measured {
     pub(super) fn new(name: String, better: Better, values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let values: Vec<f64> = values.into_iter().collect();
         let is_sound = !values.is_empty() && values.iter().all(|value| value.is_finite());
-        is_sound.then_some(Self { name, better, values })
+        is_sound.then_some(Self { name, better, values, per_round: 1 })
+    }
+
+    #[must_use]
+    pub(super) fn per_round(self, per_round: usize) -> Self {
+        Self { per_round, ..self }
     }
 
     pub(super) fn median(&self) -> f64 {

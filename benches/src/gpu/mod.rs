@@ -26,6 +26,9 @@ pub use report::Report;
 use args::Part;
 use baseline::Baseline;
 use place::Place;
+use sweeps::Sweeper;
+
+use crate::engine::be_a_side;
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +46,10 @@ pub enum Outcome {
 /// # Errors
 /// When a model does not load, a step fails, or a file cannot be read or written.
 pub fn run(args: &Args, say: fn(&str)) -> anyhow::Result<Outcome> {
+    if let Some(order) = &args.side_worker {
+        be_a_side(order)?;
+        return Ok(Outcome::Good);
+    }
     if let Some(order) = &args.memory_worker {
         memory::work(order)?;
         return Ok(Outcome::Good);
@@ -98,7 +105,7 @@ fn prepare(args: &Args, say: fn(&str)) -> anyhow::Result<(Report, Option<Baselin
     let mut not_measured = Vec::new();
     match (&args.rpc, Place::gpu()) {
         (Some(address), _) => {
-            places.push(Place::rpc_worker(address)?);
+            places.push(Place::rpc_worker(address));
             not_measured.push("any GPU: the device of this run is a worker process on a CPU".to_owned());
         }
         (None, Ok(gpu)) => places.push(gpu),
@@ -132,17 +139,18 @@ fn measure(
     let places = report.places.clone();
     if args.has(Part::Speed) {
         let judge_by = baseline.filter(|_| args.gate).map(|baseline| (baseline, report.model.as_str()));
-        report.speed = Some(speed::measure(&model, &places, args, judge_by, say)?);
+        report.speed = Some(speed::measure(&model, &places, args, program, judge_by, say)?);
     }
+    let sweeper = Sweeper { model: &model, args, program, say };
     if let (true, [cpu, device]) = (args.has(Part::Layers), places.as_slice()) {
-        report.sweeps.push(sweeps::layers(&model, cpu, device, args, say)?);
+        report.sweeps.push(sweeper.layers(cpu, device)?);
     }
     for place in &places {
         if args.has(Part::Batch) {
-            report.sweeps.push(sweeps::batch(&model, place, args, say)?);
+            report.sweeps.push(sweeper.batch(place)?);
         }
         if args.has(Part::Context) {
-            report.sweeps.push(sweeps::context(&model, place, args, say)?);
+            report.sweeps.push(sweeper.context(place)?);
         }
         // A worker's memory is not this process's.
         if args.has(Part::Memory) && place.kind != place::Kind::RpcWorker {

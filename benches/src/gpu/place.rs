@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use minerva_engine::{Engine, EngineConfig, RpcServer};
+use minerva_engine::{EngineConfig, RpcServer};
 use minerva_gpu::{BuildBackends, CpuInfo, DeviceChoice, GpuContext, GpuDevice, GpuOptions};
 use minerva_llama::DeviceKind;
 use serde::Serialize;
 
-use crate::engine::Pair;
+use crate::engine::Beside;
 
 /// What kind of place it is; the name is the column's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -98,17 +98,15 @@ impl Place {
         Ok(Self { kind: Kind::Gpu, name: device.name.clone(), choice, rpc: None, llama_devices: vec![found.index] })
     }
 
-    /// The devices of a worker.
-    pub(super) fn rpc_worker(address: &str) -> anyhow::Result<Self> {
-        let server = RpcServer::new(address);
-        let llama_devices = minerva_llama::add_rpc_server(&server)?;
-        Ok(Self {
+    /// The devices of a worker. Nothing connects to it before a side does: it serves one connection.
+    pub(super) fn rpc_worker(address: &str) -> Self {
+        Self {
             kind: Kind::RpcWorker,
             name: format!("a worker process on {}", cpu_name(&CpuInfo::read())),
             choice: DeviceChoice::Cpu,
-            rpc: Some(server),
-            llama_devices,
-        })
+            rpc: Some(RpcServer::new(address)),
+            llama_devices: Vec::new(),
+        }
     }
 
     /// The engine's configuration for this place; `layers` on the device, or as many as fit.
@@ -124,15 +122,10 @@ impl Place {
         }
     }
 
-    /// Both sides on this place.
-    pub(super) fn pair(&self, config: EngineConfig) -> anyhow::Result<Pair> {
-        Pair::new(config, &self.llama_devices).with_context(|| self.kind.title().to_owned())
-    }
-
-    /// The largest context of one sequence that fits here.
-    pub(super) fn largest_context_tokens(&self, model: &Path) -> anyhow::Result<u32> {
-        let config = self.config(model, Sizes { n_seq: 1, context_tokens: 512 }, None, None);
-        Ok(Engine::plan(&config, &Engine::machine(&config)?)?.largest_context_tokens)
+    /// Both sides on this place, in processes of `program`.
+    pub(super) fn beside(&self, config: &EngineConfig, slow_down: f64, program: &Path) -> anyhow::Result<Beside> {
+        let sides = Beside::new(program, config, &self.llama_devices, slow_down);
+        sides.with_context(|| self.kind.title().to_owned())
     }
 }
 

@@ -111,8 +111,8 @@ impl Report {
             String::new(),
             format!(
                 "{}. llama.cpp {}, {}. Floor: the same work through a bare `llama_decode` loop, by turns with the engine. A \
-                 ratio is the median over rounds of two runs that followed one another, so it need not be the quotient of \
-                 the rates beside it.",
+                 ratio is the median over pairs of runs that followed one another, so it need not be the quotient of the \
+                 rates beside it.",
                 devices.join("; "),
                 self.build.llama_cpp,
                 self.build.cpu_features.join(" "),
@@ -150,7 +150,7 @@ impl Report {
         let (title, x, guide): (_, _, &[(u32, f64)]) = match part {
             Part::Layers => ("Layers on the device", "layers", &[]),
             Part::Batch => ("Sequences at once", "sequences", &GUIDE_BATCH),
-            _ => ("Depth of the context", "depth", &GUIDE_CONTEXT),
+            _ => ("Tokens of context", "context", &GUIDE_CONTEXT),
         };
         lines.extend([format!("### {title}"), String::new()]);
         let mut titles = vec!["where", x, "floor tok/s", "engine tok/s", "engine / floor", "× of the first"];
@@ -189,7 +189,7 @@ impl Report {
     fn chart(&self) -> Option<String> {
         let panels = [
             (Part::Batch, "Sequences at once", "sequences", true),
-            (Part::Context, "Depth of the context", "tokens before", true),
+            (Part::Context, "Tokens of context", "tokens", true),
             (Part::Layers, "Layers on the device", "layers", false),
         ];
         let charts: Vec<Chart> = panels
@@ -269,7 +269,7 @@ fn speed_section(speed: &Speed, lines: &mut Vec<String>) {
     };
     let others = others.map_or_else(String::new, |cores| format!("; others took {cores:.2} cores in the median"));
     lines.push(format!(
-        "{rounds}{others}. The spread is where the median lies with 97 % certainty; it takes {MIN_ROUNDS} rounds to say.\n"
+        "{rounds}{others}. The spread is where the median lies with 97 % certainty; it takes {MIN_ROUNDS} values to say.\n"
     ));
 }
 

@@ -1,6 +1,7 @@
-//! Prefill, decode and load on every place, all places and both sides by turns in each round.
+//! Prefill, decode and load on every place, all places by turns in each round, and both sides by turns in each run.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -9,13 +10,17 @@ use super::baseline::{Baseline, MIN_ROUNDS, Verdict};
 use super::calibrate::Calibration;
 use super::measured::{Better, Measured};
 use super::place::{Place, Sizes};
-use crate::engine::{Pair, Round, Workload};
+use crate::engine::{Beside, Round, Runs, Sample, Sides, Workload};
+use crate::stats::median;
 
 /// Other programs with more than this spoil a round: on two cores a busy neighbour costs a step not a share but a multiple.
 const DISTURBED_CORES: f64 = 0.15;
 
 /// Rounds after which a gate that is still open goes by the median.
 const MAX_GATE_ROUNDS: usize = 25;
+
+/// Of each workload in a round. The guide's speeds need no patience: a workload is cut to a fraction of a second.
+const RUNS: Runs = Runs { most: 3, patience: Duration::MAX };
 
 /// What is measured, in the order of a turn's samples.
 const WORKLOADS: [&str; 3] = ["decode-1", "decode-8", "prefill"];
@@ -38,7 +43,7 @@ pub(super) struct PlaceSpeed {
     pub(super) layers: u32,
     pub(super) workloads: [Workload; 3],
     #[serde(skip)]
-    pair: Pair,
+    beside: Beside,
 }
 
 /// The medians of one figure on one place.
@@ -53,16 +58,17 @@ pub(super) fn measure(
     model: &Path,
     places: &[Place],
     args: &Args,
+    program: &Path,
     judge_by: Option<(&Baseline, &str)>,
     say: fn(&str),
 ) -> anyhow::Result<Speed> {
     let mut speed = Speed { places: Vec::new(), rounds: Vec::new() };
     for place in places {
-        speed.places.push(prepare(model, place, args)?);
+        speed.places.push(prepare(model, place, args, program)?);
     }
     let wanted = if judge_by.is_some() { MAX_GATE_ROUNDS } else { args.n_rounds() as usize };
     for round in 0.. {
-        let sides = speed.places.iter().map(|place| place.pair.round(&place.workloads, round));
+        let sides = speed.places.iter().map(|place| place.beside.round(&place.workloads, RUNS, round));
         let sides = sides.collect::<anyhow::Result<Vec<Round>>>()?;
         speed.rounds.push(sides);
         say(&speed.last_line());
@@ -82,19 +88,19 @@ fn is_decided(baseline: &Baseline, model: &str, ratio: &Measured) -> bool {
 }
 
 /// Workloads that take about as long on a slow place as on a fast one.
-fn prepare(model: &Path, place: &Place, args: &Args) -> anyhow::Result<PlaceSpeed> {
-    let calibration = Calibration::of(model, place, args)?;
+fn prepare(model: &Path, place: &Place, args: &Args, program: &Path) -> anyhow::Result<PlaceSpeed> {
+    let calibration = Calibration::of(model, place, args, program)?;
     let decode = calibration.steps(16, 256);
     let workloads = [
         Workload { n_seq: 1, prompt_tokens: 32, generate_tokens: decode },
-        Workload { n_seq: N_SEQ, prompt_tokens: 32, generate_tokens: (decode / 2).max(16) },
-        Workload { n_seq: 1, prompt_tokens: calibration.prompt_tokens(32, 512), generate_tokens: 1 },
+        Workload { n_seq: N_SEQ, prompt_tokens: 8, generate_tokens: (decode / 2).max(16) },
+        Workload { n_seq: 1, prompt_tokens: calibration.prompt_tokens(128, 512), generate_tokens: 1 },
     ];
     let context_tokens = workloads.iter().map(Workload::context_tokens).max().unwrap_or(0);
     let sizes = Sizes { n_seq: N_SEQ, context_tokens };
-    let pair = place.pair(place.config(model, sizes, None, args.threads))?.slowed_down(args.slow_down);
-    let layers = pair.rung().placement.n_gpu_layers();
-    Ok(PlaceSpeed { place: place.clone(), layers, workloads, pair })
+    let config = place.config(model, sizes, None, args.threads);
+    let beside = place.beside(&config, args.slow_down, program)?;
+    Ok(PlaceSpeed { place: place.clone(), layers: beside.plan().n_gpu_layers, workloads, beside })
 }
 
 impl Speed {
@@ -107,21 +113,22 @@ impl Speed {
 
     /// How many rounds count, of how many, and the median of what others took.
     pub(super) fn conditions(&self) -> (usize, usize, Option<f64>) {
-        let others = crate::stats::median(self.rounds.iter().filter_map(|round| others(round)));
+        let others = median(self.rounds.iter().filter_map(|round| others(round)));
         (self.counted().len(), self.rounds.len(), others)
     }
 
-    /// Every ratio, round by round.
+    /// Every ratio, run by run; of loads round by round.
     pub(super) fn measured(&self) -> Vec<Measured> {
         let rounds = self.counted();
         let mut all = Vec::new();
         for (at, place) in self.places.iter().enumerate() {
             let key = place.place.kind.key();
             for (index, name) in WORKLOADS.iter().enumerate() {
-                let ratios = rounds.iter().map(|round| place.ratio(&round[at], index));
-                all.extend(Measured::new(format!("{key}.{name}"), Better::Higher, ratios));
+                let ratios = rounds.iter().flat_map(|round| place.ratios(&round[at], index));
+                let ratios = Measured::new(format!("{key}.{name}"), Better::Higher, ratios);
+                all.extend(ratios.map(|ratios| ratios.per_round(RUNS.most as usize)));
             }
-            let loads = rounds.iter().map(|round| round[at].engine.load_s / round[at].bare.load_s);
+            let loads = rounds.iter().map(|round| round[at].load_s.engine / round[at].load_s.bare);
             all.extend(Measured::new(format!("{key}.load"), Better::Lower, loads));
         }
         // The first place is the CPU.
@@ -141,8 +148,7 @@ impl Speed {
     pub(super) fn figure(&self, at: usize, workload: usize) -> Figure {
         let rounds = self.counted();
         let side = |engine: bool| {
-            crate::stats::median(rounds.iter().map(|round| self.places[at].rate(&round[at], workload, engine)))
-                .unwrap_or(f64::NAN)
+            median(rounds.iter().map(|round| self.places[at].rate(&round[at], workload, engine))).unwrap_or(f64::NAN)
         };
         Figure { bare: side(false), engine: side(true) }
     }
@@ -150,17 +156,18 @@ impl Speed {
     /// The medians of the time to load, in seconds.
     pub(super) fn load(&self, at: usize) -> Figure {
         let rounds = self.counted();
-        let median = |value: &dyn Fn(&Round) -> f64| {
-            crate::stats::median(rounds.iter().map(|round| value(&round[at]))).unwrap_or(f64::NAN)
+        let side = |seconds: fn(&Sides<f64>) -> f64| {
+            median(rounds.iter().map(|round| seconds(&round[at].load_s))).unwrap_or(f64::NAN)
         };
-        Figure { bare: median(&|round| round.bare.load_s), engine: median(&|round| round.engine.load_s) }
+        Figure { bare: side(|load_s| load_s.bare), engine: side(|load_s| load_s.engine) }
     }
 
     /// A line per round, so that a long run shows that it lives.
     fn last_line(&self) -> String {
         let Some(round) = self.rounds.last() else { return String::new() };
         let ratios = self.places.iter().zip(round).map(|(place, round)| {
-            let ratios = [0, 1, 2].map(|index| format!("{:.3}", place.ratio(round, index)));
+            let ratios =
+                [0, 1, 2].map(|index| format!("{:.3}", median(place.ratios(round, index)).unwrap_or(f64::NAN)));
             format!("{} {}", place.place.kind.key(), ratios.join(" "))
         });
         let others = others(round).map_or_else(String::new, |cores| format!("; others took {cores:.2} cores"));
@@ -170,9 +177,15 @@ impl Speed {
 }
 
 impl PlaceSpeed {
-    /// Tokens per second of a workload on one side: of the prompt where nothing more than the first token is generated.
+    /// Tokens per second of a workload on one side, the median of a round.
     fn rate(&self, round: &Round, index: usize, engine: bool) -> f64 {
-        let sample = &(if engine { &round.engine } else { &round.bare }).samples[index];
+        let rates =
+            round.runs[index].iter().map(|run| self.rate_of(if engine { &run.engine } else { &run.bare }, index));
+        median(rates).unwrap_or(f64::NAN)
+    }
+
+    /// Of the prompt where nothing more than the first token is generated.
+    fn rate_of(&self, sample: &Sample, index: usize) -> f64 {
         let workload = &self.workloads[index];
         match workload.generate_tokens {
             1 => f64::from(workload.prompt_tokens) / sample.prefill_s(),
@@ -180,9 +193,9 @@ impl PlaceSpeed {
         }
     }
 
-    /// The engine over the floor.
-    fn ratio(&self, round: &Round, index: usize) -> f64 {
-        self.rate(round, index, true) / self.rate(round, index, false)
+    /// The engine over the floor, of every run.
+    fn ratios<'a>(&'a self, round: &'a Round, index: usize) -> impl Iterator<Item = f64> + 'a {
+        round.runs[index].iter().map(move |run| self.rate_of(&run.engine, index) / self.rate_of(&run.bare, index))
     }
 }
 

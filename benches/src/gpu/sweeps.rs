@@ -1,15 +1,15 @@
-//! The guide's three tables: layers on the GPU, sequences at once, depth of the context.
+//! The guide's three tables: layers on the GPU, sequences at once, tokens of context.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use minerva_engine::Engine;
+use minerva_engine::EngineConfig;
 use serde::Serialize;
 
 use super::args::{Args, Part};
 use super::calibrate::Calibration;
 use super::place::{Place, Sizes};
-use crate::engine::{Round, Workload};
+use crate::engine::{Round, Runs, Sample, Sides, Workload};
 use crate::stats::median;
 
 /// The guide's batch sizes and what lies between and above them.
@@ -21,9 +21,6 @@ const CONTEXT: [u32; 8] = [512, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_07
 /// Steps between no layer and all.
 const LAYER_STEPS: u32 = 8;
 
-/// Cells beyond the depth that is measured: the steps, and what a context is rounded to.
-const ROOM: u32 = 512;
-
 /// One table: rates at several points on one place.
 #[derive(Debug, Serialize)]
 pub(super) struct Sweep {
@@ -34,156 +31,150 @@ pub(super) struct Sweep {
     pub(super) stopped: Option<String>,
 }
 
-/// One row: every round of one point.
+/// One row.
 #[derive(Debug, Serialize)]
 pub(super) struct Point {
-    /// Layers, sequences or depth.
+    /// Layers, sequences or tokens of context.
     pub(super) x: u32,
     pub(super) workload: Workload,
-    rounds: Vec<Round>,
+    round: Round,
+}
+
+/// What all sweeps need.
+#[derive(Clone, Copy)]
+pub(super) struct Sweeper<'a> {
+    pub(super) model: &'a Path,
+    pub(super) args: &'a Args,
+    pub(super) program: &'a Path,
+    pub(super) say: fn(&str),
 }
 
 /// Patience with one sweep.
 struct Limits {
-    n_rounds: usize,
-    /// No second round after so long.
-    point_s: f64,
-    /// No further point that would take longer for one round.
+    runs: Runs,
+    /// No further point that would take longer.
     most_s: f64,
 }
 
 impl Limits {
     fn of(args: &Args) -> Self {
-        if args.quick {
-            Self { n_rounds: 1, point_s: 4.0, most_s: 30.0 }
-        } else {
-            Self { n_rounds: 3, point_s: 40.0, most_s: 240.0 }
-        }
+        let runs = |most, seconds| Runs { most, patience: Duration::from_secs(seconds) };
+        if args.quick { Self { runs: runs(1, 4), most_s: 30.0 } } else { Self { runs: runs(5, 40), most_s: 240.0 } }
     }
 }
 
 impl Point {
     /// Decoded tokens per second, the median of a side.
     pub(super) fn decode_rate(&self, engine: bool) -> f64 {
-        self.median(|round| side(round, engine).decode_rate())
+        self.median(|run| side(run, engine).decode_rate())
     }
 
     /// Prompt tokens per second of one sequence, the median of a side.
     pub(super) fn prefill_rate(&self, engine: bool) -> f64 {
         let tokens = f64::from(self.workload.prompt_tokens);
-        self.median(|round| tokens / side(round, engine).prefill_s())
+        self.median(|run| tokens / side(run, engine).prefill_s())
     }
 
     /// The engine's decode rate over the floor's, of neighbouring runs.
     pub(super) fn ratio(&self) -> f64 {
-        self.median(|round| side(round, true).decode_rate() / side(round, false).decode_rate())
+        self.median(|run| run.engine.decode_rate() / run.bare.decode_rate())
     }
 
-    fn median(&self, value: impl Fn(&Round) -> f64) -> f64 {
-        median(self.rounds.iter().map(value)).unwrap_or(f64::NAN)
+    fn median(&self, value: impl Fn(&Sides<Sample>) -> f64) -> f64 {
+        median(self.round.runs[0].iter().map(value)).unwrap_or(f64::NAN)
     }
 }
 
-fn side(round: &Round, engine: bool) -> &crate::engine::Sample {
-    &(if engine { &round.engine } else { &round.bare }).samples[0]
+fn side(run: &Sides<Sample>, engine: bool) -> &Sample {
+    if engine { &run.engine } else { &run.bare }
 }
 
-/// Layers on the device, from none (that is the CPU) to all that fit.
-pub(super) fn layers(model: &Path, cpu: &Place, device: &Place, args: &Args, say: fn(&str)) -> anyhow::Result<Sweep> {
-    let calibration = Calibration::of(model, cpu, args)?;
-    let workload = Workload { n_seq: 1, prompt_tokens: 64, generate_tokens: calibration.steps(16, 128) };
-    let sizes = Sizes { n_seq: 1, context_tokens: workload.context_tokens() };
-    let config = device.config(model, sizes, None, args.threads);
-    let most = Engine::plan(&config, &Engine::machine(&config)?)?.best().placement.n_gpu_layers();
-    let steps = if args.quick { 2 } else { LAYER_STEPS };
-    let mut points: Vec<u32> = (0..=steps).map(|step| most * step / steps).collect();
-    points.dedup();
-    let mut sweep = Sweep::new("layers", device);
-    sweep.run(&points, args, say, |n_layers| {
-        let place = if n_layers == 0 { cpu } else { device };
-        let layers = (n_layers > 0).then_some(n_layers);
-        Ok((place.pair(place.config(model, sizes, layers, args.threads))?, workload))
-    })?;
-    Ok(sweep)
-}
-
-/// Sequences at once.
-pub(super) fn batch(model: &Path, place: &Place, args: &Args, say: fn(&str)) -> anyhow::Result<Sweep> {
-    let calibration = Calibration::of(model, place, args)?;
-    let points: &[u32] = if args.quick { &[1, 8] } else { &BATCH };
-    let mut sweep = Sweep::new("batch", place);
-    sweep.run(points, args, say, |n_seq| {
-        // A step of many sequences takes longer, but not as many times as there are of them.
-        let generate_tokens = (calibration.steps(16, 128) >> (n_seq.ilog2() / 2)).max(16);
-        let workload = Workload { n_seq, prompt_tokens: 16, generate_tokens };
-        let sizes = Sizes { n_seq, context_tokens: workload.context_tokens() };
-        Ok((place.pair(place.config(model, sizes, None, args.threads))?, workload))
-    })?;
-    Ok(sweep)
-}
-
-/// Depth: the tokens before the ones that are decoded.
-pub(super) fn context(model: &Path, place: &Place, args: &Args, say: fn(&str)) -> anyhow::Result<Sweep> {
-    let calibration = Calibration::of(model, place, args)?;
-    let largest = place.largest_context_tokens(model)?;
-    let points: &[u32] = if args.quick { &[512, 2048] } else { &CONTEXT };
-    let fitting: Vec<u32> = points.iter().copied().filter(|depth| depth + ROOM <= largest).collect();
-    let mut sweep = Sweep::new("context", place);
-    sweep.run(&fitting, args, say, |depth| {
-        let generate_tokens = calibration.steps(16, 64);
-        let workload = Workload { n_seq: 1, prompt_tokens: depth, generate_tokens };
-        let sizes = Sizes { n_seq: 1, context_tokens: depth + ROOM };
-        Ok((place.pair(place.config(model, sizes, None, args.threads))?, workload))
-    })?;
-    if sweep.stopped.is_none() && fitting.len() < points.len() {
-        sweep.stopped = Some(format!("the plan says that {largest} tokens are the most that fit"));
-    }
-    Ok(sweep)
-}
-
-impl Sweep {
-    fn new(part: &'static str, place: &Place) -> Self {
-        Self { part, place: place.clone(), points: Vec::new(), stopped: None }
+impl Sweeper<'_> {
+    /// Layers on the device, from none (that is the CPU) to all that fit.
+    pub(super) fn layers(self, cpu: &Place, device: &Place) -> anyhow::Result<Sweep> {
+        let calibration = Calibration::of(self.model, cpu, self.args, self.program)?;
+        let workload = Workload { n_seq: 1, prompt_tokens: 64, generate_tokens: calibration.steps(16, 128) };
+        let sizes = Sizes { n_seq: 1, context_tokens: workload.context_tokens() };
+        let config = device.config(self.model, sizes, None, self.args.threads);
+        let most = device.beside(&config, 0.0, self.program)?.plan().n_gpu_layers;
+        let steps = if self.args.quick { 2 } else { LAYER_STEPS };
+        let mut points: Vec<u32> = (0..=steps).map(|step| most * step / steps).collect();
+        points.dedup();
+        self.sweep("layers", device, &points, |n_layers| {
+            let place = if n_layers == 0 { cpu } else { device };
+            let layers = (n_layers > 0).then_some(n_layers);
+            (place, place.config(self.model, sizes, layers, self.args.threads), workload)
+        })
     }
 
-    fn run(
-        &mut self,
+    /// Sequences at once.
+    pub(super) fn batch(self, place: &Place) -> anyhow::Result<Sweep> {
+        let calibration = Calibration::of(self.model, place, self.args, self.program)?;
+        let points: &[u32] = if self.args.quick { &[1, 8] } else { &BATCH };
+        self.sweep("batch", place, points, |n_seq| {
+            // A step of many sequences takes longer, but not as many times as there are of them.
+            let generate_tokens = (calibration.steps(16, 128) >> (n_seq.ilog2() / 2)).max(16);
+            let workload = Workload { n_seq, prompt_tokens: 16, generate_tokens };
+            let sizes = Sizes { n_seq, context_tokens: workload.context_tokens() };
+            (place, place.config(self.model, sizes, None, self.args.threads), workload)
+        })
+    }
+
+    /// Tokens of context: the last ones of it are decoded, after a prompt of all others.
+    pub(super) fn context(self, place: &Place) -> anyhow::Result<Sweep> {
+        let calibration = Calibration::of(self.model, place, self.args, self.program)?;
+        let least = place.config(self.model, Sizes { n_seq: 1, context_tokens: CONTEXT[0] }, None, self.args.threads);
+        let largest = place.beside(&least, 0.0, self.program)?.plan().largest_context_tokens;
+        let points: &[u32] = if self.args.quick { &[512, 2048] } else { &CONTEXT };
+        let fitting: Vec<u32> = points.iter().copied().filter(|&context| context <= largest).collect();
+        let mut sweep = self.sweep("context", place, &fitting, |context_tokens| {
+            let generate_tokens = calibration.steps(16, 64);
+            let workload = Workload { n_seq: 1, prompt_tokens: context_tokens - generate_tokens, generate_tokens };
+            let sizes = Sizes { n_seq: 1, context_tokens };
+            (place, place.config(self.model, sizes, None, self.args.threads), workload)
+        })?;
+        if sweep.stopped.is_none() && fitting.len() < points.len() {
+            sweep.stopped = Some(format!("the plan says that {largest} tokens are the most that fit"));
+        }
+        Ok(sweep)
+    }
+
+    fn sweep<'a>(
+        self,
+        part: &'static str,
+        place: &Place,
         points: &[u32],
-        args: &Args,
-        say: fn(&str),
-        pair: impl Fn(u32) -> anyhow::Result<(crate::engine::Pair, Workload)>,
-    ) -> anyhow::Result<()> {
-        let limits = Limits::of(args);
+        at: impl Fn(u32) -> (&'a Place, EngineConfig, Workload),
+    ) -> anyhow::Result<Sweep> {
+        let mut sweep = Sweep { part, place: place.clone(), points: Vec::new(), stopped: None };
+        let limits = Limits::of(self.args);
         let mut last: Option<(u32, f64)> = None;
         for &x in points {
-            let expected_s = last.map_or(0.0, |(before, seconds)| seconds * growth(self.part, before, x));
+            let expected_s = last.map_or(0.0, |(before, seconds)| seconds * growth(part, before, x));
             if expected_s > limits.most_s {
-                self.stopped = Some(format!("a round at {x} would take about {expected_s:.0} s"));
+                sweep.stopped = Some(format!("a run at {x} would take about {expected_s:.0} s"));
                 break;
             }
-            let (pair, workload) = pair(x)?;
-            let pair = pair.slowed_down(args.slow_down);
-            let (began, mut rounds) = (Instant::now(), Vec::new());
-            while rounds.len() < limits.n_rounds
-                && (rounds.is_empty() || began.elapsed().as_secs_f64() < limits.point_s)
-            {
-                rounds.push(pair.round(&[workload], rounds.len() as u32)?);
-            }
-            last = Some((x, began.elapsed().as_secs_f64() / rounds.len() as f64));
-            let point = Point { x, workload, rounds };
-            say(&format!(
-                "{} {}, {x}: floor {:.1}, engine {:.1} tok/s, ratio {:.3}",
-                self.place.kind.key(),
-                self.part,
+            let (place, config, workload) = at(x);
+            let sides = place.beside(&config, self.args.slow_down, self.program)?;
+            let began = Instant::now();
+            let round = sides.round(&[workload], limits.runs, 0)?;
+            last = Some((x, began.elapsed().as_secs_f64() / round.runs[0].len() as f64));
+            let point = Point { x, workload, round };
+            (self.say)(&format!(
+                "{} {part}, {x}: floor {:.1}, engine {:.1} tok/s, ratio {:.3}",
+                place.kind.key(),
                 point.decode_rate(false),
                 point.decode_rate(true),
                 point.ratio()
             ));
-            self.points.push(point);
+            sweep.points.push(point);
         }
-        Ok(())
+        Ok(sweep)
     }
+}
 
+impl Sweep {
     pub(super) fn is(&self, part: Part) -> bool {
         self.part == part.name()
     }
