@@ -19,9 +19,6 @@ const DISTURBED_CORES: f64 = 0.15;
 /// Rounds after which a gate that is still open goes by the median.
 const MAX_GATE_ROUNDS: usize = 25;
 
-/// Of each workload in a round. The guide's speeds need no patience: a workload is cut to a fraction of a second.
-const RUNS: Runs = Runs { most: 3, patience: Duration::MAX };
-
 /// What is measured, in the order of a turn's samples.
 const WORKLOADS: [&str; 3] = ["decode-1", "decode-8", "prefill"];
 
@@ -32,6 +29,8 @@ const N_SEQ: u32 = 8;
 #[derive(Debug, Serialize)]
 pub(super) struct Speed {
     pub(super) places: Vec<PlaceSpeed>,
+    /// Runs of each workload in a round.
+    runs_per_round: u32,
     /// A round of each place, in their order.
     rounds: Vec<Vec<Round>>,
 }
@@ -62,13 +61,16 @@ pub(super) fn measure(
     judge_by: Option<(&Baseline, &str)>,
     say: fn(&str),
 ) -> anyhow::Result<Speed> {
-    let mut speed = Speed { places: Vec::new(), rounds: Vec::new() };
+    let runs_per_round = if args.quick { 1 } else { 3 };
+    // No patience needed: a workload is cut to a fraction of a second.
+    let runs = Runs { most: runs_per_round, patience: Duration::MAX };
+    let mut speed = Speed { places: Vec::new(), runs_per_round, rounds: Vec::new() };
     for place in places {
         speed.places.push(prepare(model, place, args, program)?);
     }
     let wanted = if judge_by.is_some() { MAX_GATE_ROUNDS } else { args.n_rounds() as usize };
     for round in 0.. {
-        let sides = speed.places.iter().map(|place| place.beside.round(&place.workloads, RUNS, round));
+        let sides = speed.places.iter().map(|place| place.beside.round(&place.workloads, runs, round));
         let sides = sides.collect::<anyhow::Result<Vec<Round>>>()?;
         speed.rounds.push(sides);
         say(&speed.last_line());
@@ -126,7 +128,7 @@ impl Speed {
             for (index, name) in WORKLOADS.iter().enumerate() {
                 let ratios = rounds.iter().flat_map(|round| place.ratios(&round[at], index));
                 let ratios = Measured::new(format!("{key}.{name}"), Better::Higher, ratios);
-                all.extend(ratios.map(|ratios| ratios.per_round(RUNS.most as usize)));
+                all.extend(ratios.map(|ratios| ratios.per_round(self.runs_per_round as usize)));
             }
             let loads = rounds.iter().map(|round| round[at].load_s.engine / round[at].load_s.bare);
             all.extend(Measured::new(format!("{key}.load"), Better::Lower, loads));
