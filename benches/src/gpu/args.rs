@@ -28,7 +28,7 @@ pub struct Args {
     /// Fewer rounds, points and cycles
     #[arg(long)]
     pub(super) quick: bool,
-    /// Rounds of the speed part, both sides in each [default: 11, with --quick 3]
+    /// Rounds of the speed part, both sides in each [default: 11, with --quick 3, for a baseline 25]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(super) rounds: Option<u32>,
     /// Compute threads [default: as the engine]
@@ -111,7 +111,11 @@ impl Args {
 
     /// Rounds of the speed part.
     pub(super) fn n_rounds(&self) -> u32 {
-        self.rounds.unwrap_or(if self.quick { 3 } else { 11 })
+        self.rounds.unwrap_or(match (self.write_baseline, self.quick) {
+            (true, _) => 25, // many runs will be judged by it
+            (false, true) => 3,
+            (false, false) => 11,
+        })
     }
 }
 
