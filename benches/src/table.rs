@@ -7,8 +7,8 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(titles: impl IntoIterator<Item = &'static str>) -> Self {
-        Self { rows: vec![titles.into_iter().map(str::to_owned).collect()] }
+    pub(crate) fn new(titles: impl IntoIterator<Item: Into<String>>) -> Self {
+        Self { rows: vec![titles.into_iter().map(Into::into).collect()] }
     }
 
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {

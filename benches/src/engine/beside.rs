@@ -24,10 +24,18 @@ use crate::machine::OthersWatch;
 /// Threads that just computed spin for a few milliseconds before they sleep.
 const SETTLE: Duration = Duration::from_millis(10);
 
+/// The files whose processes the sides are; each calls [`work`] with what follows `--side-worker`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Programs<'a> {
+    pub(crate) own: &'a Path,
+    /// Another build, whose engine takes the bare loop's place.
+    pub(crate) against: Option<&'a Path>,
+}
+
 /// Two sides that can be loaded and run, any number of times.
 #[derive(Debug, Clone)]
 pub(crate) struct Beside {
-    program: PathBuf,
+    programs: Sides<PathBuf>,
     orders: Sides<String>,
     at_once: bool,
     plan: Planned,
@@ -93,33 +101,36 @@ enum Answer {
 }
 
 impl Beside {
-    /// `program` is the file of one that calls [`work`] with what follows `--side-worker`.
+    /// The engine with one configuration, and the bare loop with what the engine plans for it.
     pub(crate) fn new(
-        program: &Path,
+        programs: Programs<'_>,
         config: &EngineConfig,
         llama_devices: &[usize],
         slow_down_percent: f64,
     ) -> anyhow::Result<Self> {
-        let order = |side| {
+        let order = |side, slow_down_percent| {
             let (config, llama_devices) = (config.clone(), llama_devices.to_vec());
             serde_json::to_string(&Order { side, config, llama_devices, slow_down_percent })
         };
-        let orders = Sides { bare: order(Side::Bare)?, engine: order(Side::Engine)? };
+        let floor = if programs.against.is_some() { Side::Engine } else { Side::Bare };
+        let orders = Sides { bare: order(floor, 0.0)?, engine: order(Side::Engine, slow_down_percent)? };
+        let programs =
+            Sides { bare: programs.against.unwrap_or(programs.own).to_owned(), engine: programs.own.to_owned() };
         // Not planned in this process, which would stay on the device.
-        let (process, plan) = Process::start(program, &orders.bare)?;
+        let (process, plan) = Process::start(&programs.bare, &orders.bare)?;
         process.end()?;
         // A worker serves one connection.
         let at_once = plan.fits_twice && config.rpc_servers.is_empty();
-        Ok(Self { program: program.to_owned(), orders, at_once, plan })
+        Ok(Self { programs, orders, at_once, plan })
     }
 
     pub(crate) fn plan(&self) -> Planned {
         self.plan
     }
 
-    /// A load and a run of the bare loop alone.
+    /// A load and a run of the floor alone.
     pub(crate) fn bare(&self, workload: Workload, seed: u32) -> anyhow::Result<Sample> {
-        let (mut bare, _) = Process::start(&self.program, &self.orders.bare)?;
+        let (mut bare, _) = Process::start(&self.programs.bare, &self.orders.bare)?;
         bare.load()?;
         bare.run(workload.warm_up(), !seed)?;
         let sample = bare.run(workload, seed)?;
@@ -142,8 +153,8 @@ impl Beside {
 
     fn by_turns(&self, workloads: &[Workload], runs: Runs, round: u32) -> anyhow::Result<Round> {
         // Both plan before either takes memory.
-        let (mut bare, _) = Process::start(&self.program, &self.orders.bare)?;
-        let (mut engine, _) = Process::start(&self.program, &self.orders.engine)?;
+        let (mut bare, _) = Process::start(&self.programs.bare, &self.orders.bare)?;
+        let (mut engine, _) = Process::start(&self.programs.engine, &self.orders.engine)?;
         let load_s = in_turn(round, || bare.load(), || engine.load())?;
         let mut all = Vec::new();
         for (index, &workload) in workloads.iter().enumerate() {
@@ -164,8 +175,8 @@ impl Beside {
     }
 
     fn one_after_the_other(&self, workloads: &[Workload], runs: Runs, round: u32) -> anyhow::Result<Round> {
-        let turn = |order: &str| -> anyhow::Result<(f64, Vec<Vec<Sample>>)> {
-            let (mut side, _) = Process::start(&self.program, order)?;
+        let turn = |program: &Path, order: &str| -> anyhow::Result<(f64, Vec<Vec<Sample>>)> {
+            let (mut side, _) = Process::start(program, order)?;
             let load_s = side.load()?;
             let mut all = Vec::new();
             for (index, &workload) in workloads.iter().enumerate() {
@@ -180,7 +191,11 @@ impl Beside {
             side.end()?;
             Ok((load_s, all))
         };
-        let Sides { bare, engine } = in_turn(round, || turn(&self.orders.bare), || turn(&self.orders.engine))?;
+        let Sides { bare, engine } = in_turn(
+            round,
+            || turn(&self.programs.bare, &self.orders.bare),
+            || turn(&self.programs.engine, &self.orders.engine),
+        )?;
         let pairs = bare.1.into_iter().zip(engine.1);
         let runs = pairs
             .map(|(bare, engine)| bare.into_iter().zip(engine).map(|(bare, engine)| Sides { bare, engine }).collect());

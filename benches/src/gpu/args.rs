@@ -44,6 +44,9 @@ pub struct Args {
     /// The baseline to compare with [default: benches/baselines/DEVICE.json]
     #[arg(long, value_name = "FILE")]
     pub(super) baseline: Option<PathBuf>,
+    /// Another build of this program, such as a bundle's: its engine takes the bare loop's place
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["gate", "write_baseline"])]
+    pub(super) against: Option<PathBuf>,
     /// Write what was measured, and tolerances from its spread, to the baseline
     #[arg(long, conflicts_with = "gate")]
     pub(super) write_baseline: bool,
@@ -103,6 +106,11 @@ impl Args {
                 bail!("give a GGUF file with --model, a shape with --synthetic, or run `cargo xtask bench-gpu`")
             }
         }
+    }
+
+    /// What the engine is compared with, for titles.
+    pub(super) fn floor(&self) -> &'static str {
+        if self.against.is_some() { "other build" } else { "floor" }
     }
 
     pub(super) fn has(&self, part: Part) -> bool {

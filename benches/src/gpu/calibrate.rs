@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::args::Args;
 use super::place::{Place, Sizes};
-use crate::engine::Workload;
+use crate::engine::{Programs, Workload};
 
 /// The first, short look. Its prompts differ from those of every round.
 const FIRST: Workload = Workload { n_seq: 1, prompt_tokens: 64, generate_tokens: 8 };
@@ -21,9 +21,9 @@ pub(super) struct Calibration {
 
 impl Calibration {
     /// A turn of the bare loop. It also brings the file into the system's cache.
-    pub(super) fn of(model: &Path, place: &Place, args: &Args, program: &Path) -> anyhow::Result<Self> {
+    pub(super) fn of(model: &Path, place: &Place, args: &Args, programs: Programs<'_>) -> anyhow::Result<Self> {
         let sizes = Sizes { n_seq: 1, context_tokens: FIRST.context_tokens() };
-        let beside = place.beside(&place.config(model, sizes, None, args.threads), 0.0, program)?;
+        let beside = place.beside(&place.config(model, sizes, None, args.threads), 0.0, programs)?;
         let sample = beside.bare(FIRST, FIRST_SEED)?;
         Ok(Self {
             step_s: sample.decode_s / sample.decode_tokens as f64,

@@ -28,7 +28,7 @@ use baseline::Baseline;
 use place::Place;
 use sweeps::Sweeper;
 
-use crate::engine::be_a_side;
+use crate::engine::{Programs, be_a_side};
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,11 +137,12 @@ fn measure(
 ) -> anyhow::Result<()> {
     let model = args.model_path(say)?;
     let places = report.places.clone();
+    let programs = Programs { own: program, against: args.against.as_deref() };
     if args.has(Part::Speed) {
         let judge_by = baseline.filter(|_| args.gate).map(|baseline| (baseline, report.model.as_str()));
-        report.speed = Some(speed::measure(&model, &places, args, program, judge_by, say)?);
+        report.speed = Some(speed::measure(&model, &places, args, programs, judge_by, say)?);
     }
-    let sweeper = Sweeper { model: &model, args, program, say };
+    let sweeper = Sweeper { model: &model, args, programs, say };
     if let (true, [cpu, device]) = (args.has(Part::Layers), places.as_slice()) {
         report.sweeps.push(sweeper.layers(cpu, device)?);
     }

@@ -8,7 +8,7 @@ use minerva_gpu::{BuildBackends, CpuInfo, DeviceChoice, GpuContext, GpuDevice, G
 use minerva_llama::DeviceKind;
 use serde::Serialize;
 
-use crate::engine::Beside;
+use crate::engine::{Beside, Programs};
 
 /// What kind of place it is; the name is the column's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -122,9 +122,14 @@ impl Place {
         }
     }
 
-    /// Both sides on this place, in processes of `program`.
-    pub(super) fn beside(&self, config: &EngineConfig, slow_down: f64, program: &Path) -> anyhow::Result<Beside> {
-        let sides = Beside::new(program, config, &self.llama_devices, slow_down);
+    /// Both sides on this place.
+    pub(super) fn beside(
+        &self,
+        config: &EngineConfig,
+        slow_down: f64,
+        programs: Programs<'_>,
+    ) -> anyhow::Result<Beside> {
+        let sides = Beside::new(programs, config, &self.llama_devices, slow_down);
         sides.with_context(|| self.kind.title().to_owned())
     }
 }

@@ -33,6 +33,8 @@ pub struct Report {
     pub(super) sweeps: Vec<Sweep>,
     /// Lines of the comparison with the baseline.
     pub(super) comparison: Vec<String>,
+    /// What the engine is compared with.
+    floor: &'static str,
     /// The percent by which the engine was slowed down on purpose.
     slow_down: f64,
 }
@@ -52,6 +54,7 @@ impl Report {
             memory: Vec::new(),
             sweeps: Vec::new(),
             comparison: Vec::new(),
+            floor: args.floor(),
             slow_down: args.slow_down,
         }
     }
@@ -110,12 +113,15 @@ impl Report {
             format!("## {} on {}", self.model, self.device().name),
             String::new(),
             format!(
-                "{}. llama.cpp {}, {}. Floor: the same work through a bare `llama_decode` loop, by turns with the engine. A \
-                 ratio is the median over pairs of runs that followed one another, so it need not be the quotient of the \
-                 rates beside it.",
+                "{}. llama.cpp {}, {}. {}, by turns with the engine. A ratio is the median over pairs of runs that followed \
+                 one another, so it need not be the quotient of the rates beside it.",
                 devices.join("; "),
                 self.build.llama_cpp,
                 self.build.cpu_features.join(" "),
+                match self.floor {
+                    "floor" => "Floor: the same work through a bare `llama_decode` loop",
+                    _ => "The other build: the same work through another program's engine",
+                },
             ),
             String::new(),
         ];
@@ -123,7 +129,7 @@ impl Report {
             lines.push(format!("**The engine was slowed down by {} % on purpose.**\n", self.slow_down));
         }
         if let Some(speed) = &self.speed {
-            speed_section(speed, &mut lines);
+            speed_section(speed, self.floor, &mut lines);
         }
         for part in [Part::Layers, Part::Batch, Part::Context] {
             self.sweep_section(part, &mut lines);
@@ -153,7 +159,8 @@ impl Report {
             _ => ("Tokens of context", "context", &GUIDE_CONTEXT),
         };
         lines.extend([format!("### {title}"), String::new()]);
-        let mut titles = vec!["where", x, "floor tok/s", "engine tok/s", "engine / floor", "× of the first"];
+        let (floor, ratio) = (format!("{} tok/s", self.floor), format!("engine / {}", self.floor));
+        let mut titles = vec!["where", x, &floor, "engine tok/s", &ratio, "× of the first"];
         titles.extend((!guide.is_empty()).then_some("the guide's ×"));
         titles.extend((part == Part::Context).then_some("prefill tok/s"));
         let mut table = Table::new(titles);
@@ -206,7 +213,7 @@ impl Report {
 
     fn line(&self, sweep: &Sweep, engine: bool) -> Line {
         Line {
-            name: format!("{}, {}", sweep.place.kind.title(), if engine { "engine" } else { "floor" }),
+            name: format!("{}, {}", sweep.place.kind.title(), if engine { "engine" } else { self.floor }),
             colour: self.places.iter().position(|place| place.kind == sweep.place.kind).unwrap_or(0),
             dashed: !engine,
             points: sweep.points.iter().map(|point| (f64::from(point.x), point.decode_rate(engine))).collect(),
@@ -214,9 +221,9 @@ impl Report {
     }
 }
 
-fn speed_section(speed: &Speed, lines: &mut Vec<String>) {
+fn speed_section(speed: &Speed, floor: &str, lines: &mut Vec<String>) {
     lines.extend(["### Speed".to_owned(), String::new()]);
-    let mut table = Table::new(["where", "what", "floor", "engine", "engine / floor", "spread"]);
+    let mut table = Table::new(["where", "what", floor, "engine", &format!("engine / {floor}"), "spread"]);
     let ratios = speed.measured();
     let ratio_cells = |name: &str| {
         let found = ratios.iter().find(|ratio| ratio.name == name);

@@ -10,7 +10,7 @@ use super::baseline::{Baseline, MIN_ROUNDS, Verdict};
 use super::calibrate::Calibration;
 use super::measured::{Better, Measured};
 use super::place::{Place, Sizes};
-use crate::engine::{Beside, Round, Runs, Sample, Sides, Workload};
+use crate::engine::{Beside, Programs, Round, Runs, Sample, Sides, Workload};
 use crate::stats::median;
 
 /// Other programs with more than this spoil a round: on two cores a busy neighbour costs a step not a share but a multiple.
@@ -57,7 +57,7 @@ pub(super) fn measure(
     model: &Path,
     places: &[Place],
     args: &Args,
-    program: &Path,
+    programs: Programs<'_>,
     judge_by: Option<(&Baseline, &str)>,
     say: fn(&str),
 ) -> anyhow::Result<Speed> {
@@ -66,7 +66,7 @@ pub(super) fn measure(
     let runs = Runs { most: runs_per_round, patience: Duration::MAX };
     let mut speed = Speed { places: Vec::new(), runs_per_round, rounds: Vec::new() };
     for place in places {
-        speed.places.push(prepare(model, place, args, program)?);
+        speed.places.push(prepare(model, place, args, programs)?);
     }
     let wanted = if judge_by.is_some() { MAX_GATE_ROUNDS } else { args.n_rounds() as usize };
     for round in 0.. {
@@ -90,8 +90,8 @@ fn is_decided(baseline: &Baseline, model: &str, ratio: &Measured) -> bool {
 }
 
 /// Workloads that take about as long on a slow place as on a fast one.
-fn prepare(model: &Path, place: &Place, args: &Args, program: &Path) -> anyhow::Result<PlaceSpeed> {
-    let calibration = Calibration::of(model, place, args, program)?;
+fn prepare(model: &Path, place: &Place, args: &Args, programs: Programs<'_>) -> anyhow::Result<PlaceSpeed> {
+    let calibration = Calibration::of(model, place, args, programs)?;
     let decode = calibration.steps(16, 256);
     let workloads = [
         Workload { n_seq: 1, prompt_tokens: 32, generate_tokens: decode },
@@ -101,7 +101,7 @@ fn prepare(model: &Path, place: &Place, args: &Args, program: &Path) -> anyhow::
     let context_tokens = workloads.iter().map(Workload::context_tokens).max().unwrap_or(0);
     let sizes = Sizes { n_seq: N_SEQ, context_tokens };
     let config = place.config(model, sizes, None, args.threads);
-    let beside = place.beside(&config, args.slow_down, program)?;
+    let beside = place.beside(&config, args.slow_down, programs)?;
     Ok(PlaceSpeed { place: place.clone(), layers: beside.plan().n_gpu_layers, workloads, beside })
 }
 

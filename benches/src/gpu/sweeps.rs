@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::args::{Args, Part};
 use super::calibrate::Calibration;
 use super::place::{Place, Sizes};
-use crate::engine::{Round, Runs, Sample, Sides, Workload};
+use crate::engine::{Programs, Round, Runs, Sample, Sides, Workload};
 use crate::stats::median;
 
 /// The guide's batch sizes and what lies between and above them.
@@ -45,7 +45,7 @@ pub(super) struct Point {
 pub(super) struct Sweeper<'a> {
     pub(super) model: &'a Path,
     pub(super) args: &'a Args,
-    pub(super) program: &'a Path,
+    pub(super) programs: Programs<'a>,
     pub(super) say: fn(&str),
 }
 
@@ -92,11 +92,11 @@ fn side(run: &Sides<Sample>, engine: bool) -> &Sample {
 impl Sweeper<'_> {
     /// Layers on the device, from none (that is the CPU) to all that fit.
     pub(super) fn layers(self, cpu: &Place, device: &Place) -> anyhow::Result<Sweep> {
-        let calibration = Calibration::of(self.model, cpu, self.args, self.program)?;
+        let calibration = Calibration::of(self.model, cpu, self.args, self.programs)?;
         let workload = Workload { n_seq: 1, prompt_tokens: 64, generate_tokens: calibration.steps(16, 128) };
         let sizes = Sizes { n_seq: 1, context_tokens: workload.context_tokens() };
         let config = device.config(self.model, sizes, None, self.args.threads);
-        let most = device.beside(&config, 0.0, self.program)?.plan().n_gpu_layers;
+        let most = device.beside(&config, 0.0, self.programs)?.plan().n_gpu_layers;
         let steps = if self.args.quick { 2 } else { LAYER_STEPS };
         let mut points: Vec<u32> = (0..=steps).map(|step| most * step / steps).collect();
         points.dedup();
@@ -109,7 +109,7 @@ impl Sweeper<'_> {
 
     /// Sequences at once.
     pub(super) fn batch(self, place: &Place) -> anyhow::Result<Sweep> {
-        let calibration = Calibration::of(self.model, place, self.args, self.program)?;
+        let calibration = Calibration::of(self.model, place, self.args, self.programs)?;
         let points: &[u32] = if self.args.quick { &[1, 8] } else { &BATCH };
         self.sweep("batch", place, points, |n_seq| {
             // A step of many sequences takes longer, but not as many times as there are of them.
@@ -122,9 +122,9 @@ impl Sweeper<'_> {
 
     /// Tokens of context: the last ones of it are decoded, after a prompt of all others.
     pub(super) fn context(self, place: &Place) -> anyhow::Result<Sweep> {
-        let calibration = Calibration::of(self.model, place, self.args, self.program)?;
+        let calibration = Calibration::of(self.model, place, self.args, self.programs)?;
         let least = place.config(self.model, Sizes { n_seq: 1, context_tokens: CONTEXT[0] }, None, self.args.threads);
-        let largest = place.beside(&least, 0.0, self.program)?.plan().largest_context_tokens;
+        let largest = place.beside(&least, 0.0, self.programs)?.plan().largest_context_tokens;
         let points: &[u32] = if self.args.quick { &[512, 2048] } else { &CONTEXT };
         let fitting: Vec<u32> = points.iter().copied().filter(|&context| context <= largest).collect();
         let mut sweep = self.sweep("context", place, &fitting, |context_tokens| {
@@ -156,14 +156,15 @@ impl Sweeper<'_> {
                 break;
             }
             let (place, config, workload) = at(x);
-            let sides = place.beside(&config, self.args.slow_down, self.program)?;
+            let sides = place.beside(&config, self.args.slow_down, self.programs)?;
             let began = Instant::now();
             let round = sides.round(&[workload], limits.runs, 0)?;
             last = Some((x, began.elapsed().as_secs_f64() / round.runs[0].len() as f64));
             let point = Point { x, workload, round };
             (self.say)(&format!(
-                "{} {part}, {x}: floor {:.1}, engine {:.1} tok/s, ratio {:.3}",
+                "{} {part}, {x}: {} {:.1}, engine {:.1} tok/s, ratio {:.3}",
                 place.kind.key(),
+                self.args.floor(),
                 point.decode_rate(false),
                 point.decode_rate(true),
                 point.ratio()

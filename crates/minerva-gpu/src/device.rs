@@ -73,6 +73,8 @@ pub struct DeviceInfo {
     pub compute_capability: Option<ComputeCapability>,
     /// NVIDIA only, such as `535.104.05`.
     pub driver_version: Option<String>,
+    /// Bytes per second of its memory; NVIDIA only.
+    pub bandwidth: Option<u64>,
     /// Own memory or the system's.
     pub memory_kind: MemoryKind,
     /// The most that Minerva may use: the share of this kind of device, or the user's number.
@@ -118,6 +120,7 @@ impl DeviceInfo {
             free_bytes: ram.free_bytes,
             compute_capability: None,
             driver_version: None,
+            bandwidth: None,
             memory_kind: MemoryKind::Unified,
             limit_bytes: default_limit_bytes(GpuDevice::Cpu, ram.total_bytes),
             unusable: None,
@@ -224,6 +227,8 @@ fn describe(snapshot: &Snapshot, gpu: &RawGpu, mig: Option<usize>, ram: &SystemM
         free_bytes,
         compute_capability,
         driver_version: snapshot.driver_version.clone(),
+        // A MIG instance has a part of it that NVML does not tell.
+        bandwidth: if instance.is_some() { None } else { gpu.bandwidth },
         memory_kind,
         limit_bytes: default_limit_bytes(GpuDevice::Cuda, total_bytes),
         unusable,

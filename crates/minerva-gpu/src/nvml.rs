@@ -5,6 +5,7 @@
 //! makes one, from a thread that can be left behind. What the driver says is checked before it is believed.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
@@ -139,6 +140,8 @@ pub(crate) struct RawGpu {
     pub(crate) memory: MemoryReading,
     /// Cores times clock; 0 when unknown.
     pub(crate) speed: u64,
+    /// Bytes per second between the memory and its chip, when both parts of it are known.
+    pub(crate) bandwidth: Option<u64>,
     /// `None` when MIG is off or unknown to the GPU.
     pub(crate) mig: Option<Vec<RawMig>>,
     /// Why the driver cannot open it.
@@ -160,6 +163,9 @@ const MOST_GPUS: u32 = 256;
 
 /// More memory than any device has.
 const MOST_BYTES: u64 = 1 << 44;
+
+/// From an old laptop's to a hundred times today's.
+const BELIEVABLE_BANDWIDTHS: RangeInclusive<u64> = 1_000_000_000..=500_000_000_000_000;
 
 /// The open driver library. Each call may hang.
 #[derive(Debug)]
@@ -227,6 +233,7 @@ impl Library {
                 compute_capability: None,
                 memory: MemoryReading::Failed(error.to_string()),
                 speed: 0,
+                bandwidth: None,
                 mig: None,
                 error: Some(error.to_string()),
             },
@@ -247,9 +254,18 @@ fn describe(nvml: &Nvml, device: &Device<'_>, nvml_index: u32) -> RawGpu {
         compute_capability: capability.and_then(|c| Some((c.major.try_into().ok()?, c.minor.try_into().ok()?))),
         memory: read_memory(nvml, device),
         speed: u64::from(cores) * u64::from(clock),
+        bandwidth: memory_bandwidth(device),
         mig: mig_instances(nvml, device),
         error: None,
     }
+}
+
+/// Width of the bus times clock times two, since the memory of every GPU that NVML knows sends twice a clock: 3.35 TB/s for an
+/// H100 SXM, 1.01 TB/s for an RTX 4090, as their data sheets say.
+fn memory_bandwidth(device: &Device<'_>) -> Option<u64> {
+    let bits = u64::from(device.memory_bus_width().ok()?);
+    let megahertz = u64::from(device.max_clock_info(Clock::Memory).ok()?);
+    Some(bits / 8 * megahertz * 2 * 1_000_000).filter(|bandwidth| BELIEVABLE_BANDWIDTHS.contains(bandwidth))
 }
 
 fn mig_instances(nvml: &Nvml, device: &Device<'_>) -> Option<Vec<RawMig>> {
@@ -378,6 +394,8 @@ mod tests {
         let (total, free) = (80 << 30, 79 << 30);
         assert_eq!(h100.memory, MemoryReading::Bytes { total, free });
         assert_eq!((h100.speed, &h100.mig), (16_896 * 1_980, &None));
+        assert_eq!(h100.bandwidth, Some(3_352_320_000_000));
+        assert_eq!(seen.gpus[2].bandwidth, None, "a GB10 has no bus of its own");
         assert_eq!(seen.gpus[2].memory, MemoryReading::NotAvailable); // GB10
         let error = seen.gpus[3].error.as_ref().unwrap();
         assert!(error.contains("fell off the bus"), "{error}");

@@ -60,6 +60,7 @@ pub(crate) fn gpu(nvml_index: u32) -> RawGpu {
         compute_capability: Some((8, 9)),
         memory: MemoryReading::Bytes { total: 24 << 30, free: 24 << 30 },
         speed: 1,
+        bandwidth: Some(1_008_096_000_000),
         mig: None,
         error: None,
     }

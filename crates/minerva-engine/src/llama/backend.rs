@@ -4,18 +4,21 @@ use std::thread;
 
 use minerva_llama::{Batch, Context, DecodeError, DeviceBytes};
 
+use super::claims::Claim;
 use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
 
 /// A context and the batch that is filled anew for each step.
 pub(crate) struct LlamaBackend {
     context: Context,
     batch: Batch,
+    /// After the context: what it holds is given back before others may have it.
+    _claim: Claim,
 }
 
 impl LlamaBackend {
-    pub(crate) fn new(context: Context) -> Self {
+    pub(super) fn new(context: Context, claim: Claim) -> Self {
         let batch = Batch::new(&context);
-        Self { context, batch }
+        Self { context, batch, _claim: claim }
     }
 
     /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.

@@ -3,6 +3,7 @@
 use minerva_gpu::plan::{PlanError, Rung};
 use minerva_llama::{DeviceBytes, Simulation};
 
+use super::claims::{Claim, Owner};
 use super::machine::Machine;
 use super::placement::Planned;
 use super::{Report, load_rung, overhead, placement, root_cause};
@@ -75,13 +76,13 @@ fn try_rung(
     let simulation = Simulation::load(&config.model_path, &model).map_err(|error| failed(error.into()))?;
     let simulated = simulation.memory_bytes(&context).map_err(|error| failed(error.into()))?;
     drop(simulation);
-    if let Some(text) = overfull(planned, rung, &simulated) {
+    let claim = claim(planned, rung, &simulated).map_err(|text| {
         let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
-        return Err(Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true }));
-    }
+        Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
+    })?;
     let free_before = planned.machine.gpu.estimate_memory().map(|memory| memory.free_bytes);
     let status = planned.status(config, rung, &simulated);
-    let loaded = load_rung(config, &model, &context, rung.context_tokens, status, report).map_err(failed)?;
+    let loaded = load_rung(config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
     if let (Ok(before), Ok(after), false) = (free_before, planned.machine.gpu.estimate_memory(), rung.is_cpu()) {
         let device = planned.machine.gpu.device();
         let tensors: u64 = simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum();
@@ -92,13 +93,19 @@ fn try_rung(
     Ok(loaded)
 }
 
-/// The guide's error when a device has less room now than llama.cpp says that the load takes.
-fn overfull(planned: &Planned, rung: &Rung, simulated: &[DeviceBytes]) -> Option<String> {
-    let devices = planned.plan.devices[..rung.placement.n_devices()].iter().zip(&planned.plan.given_positions);
-    devices.zip(simulated).find_map(|((device, &position), bytes)| {
-        let room = planned.machine.budget_now(position);
-        let needed = total(bytes);
-        (needed > room).then(|| out_of_memory(device.limit_bytes, device.limit_bytes.saturating_sub(room), needed))
+/// Claims what llama.cpp says that the load takes, or has the guide's error when a device has less room now.
+fn claim(planned: &Planned, rung: &Rung, simulated: &[DeviceBytes]) -> Result<Claim, String> {
+    let positions = &planned.plan.given_positions[..rung.placement.n_devices()];
+    let owners: Vec<Owner> = planned.machine.llama_indices(positions).into_iter().map(Owner::Device).collect();
+    // The host comes last.
+    let parts = owners.iter().copied().chain([Owner::Host]).zip(simulated.iter().map(total)).collect();
+    Claim::unless(parts, |claimed| {
+        let devices = planned.plan.devices.iter().zip(positions).zip(&owners);
+        let mut devices = devices.zip(simulated);
+        devices.find_map(|(((device, &position), &owner), bytes)| {
+            let (room, needed) = (planned.machine.room_now(position, claimed(owner)), total(bytes));
+            (needed > room).then(|| out_of_memory(device.limit_bytes, device.limit_bytes.saturating_sub(room), needed))
+        })
     })
 }
 

@@ -8,6 +8,7 @@ use minerva_gpu::{
 };
 use minerva_llama::{Device, DeviceKind};
 
+use super::claims::{Owner, claimed};
 use super::overhead;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
@@ -50,8 +51,9 @@ impl Machine {
         positions.iter().filter_map(|&position| self.llama_indices.get(position).copied()).collect()
     }
 
-    /// What may be used now of the device at this position of the planned machine: another process may have come since.
-    pub(super) fn budget_now(&self, position: usize) -> u64 {
+    /// What could be used now of the device at this position of the planned machine: another process may have come since.
+    /// Other models of this process hold `taken_bytes` of it.
+    pub(super) fn room_now(&self, position: usize, taken_bytes: u64) -> u64 {
         let device = &self.planned.devices[position];
         let free_bytes = match (&self.addresses[position], self.gpu.estimate_memory()) {
             (Some(_), _) => {
@@ -60,7 +62,7 @@ impl Machine {
             (None, Ok(memory)) if device.name == self.gpu.device().name => memory.free_bytes,
             (None, _) => device.free_bytes,
         };
-        PlanDevice { free_bytes, ..device.clone() }.budget_bytes()
+        PlanDevice { free_bytes, taken_bytes, ..device.clone() }.room_bytes()
     }
 
     /// The selected GPU, and with `auto` or `cuda` every other usable one of its kind.
@@ -84,12 +86,13 @@ impl Machine {
     /// The size that llama.cpp reports is already cut down to the limit of the server's entry.
     fn add_rpc_device(&mut self, device: &Device) {
         let empty = PlanDevice::empty(device.name.clone(), PlanDeviceKind::Rpc, device.total_bytes);
-        let planned = PlanDevice { free_bytes: device.free_bytes, limit_bytes: device.free_bytes, ..empty };
+        let planned = PlanDevice { free_bytes: device.free_bytes, ..empty };
         self.add(planned, device.index, Some(device.description.clone()));
     }
 
     fn add(&mut self, device: PlanDevice, llama_index: usize, address: Option<String>) {
-        self.planned.devices.push(device);
+        let taken_bytes = claimed(Owner::Device(llama_index));
+        self.planned.devices.push(PlanDevice { taken_bytes, ..device });
         self.llama_indices.push(llama_index);
         self.addresses.push(address);
     }
@@ -102,6 +105,7 @@ fn local(device: &DeviceInfo) -> PlanDevice {
         free_bytes: device.free_bytes,
         limit_bytes: device.limit_bytes,
         overhead_bytes: overhead::remembered(device).unwrap_or(empty.overhead_bytes),
+        bandwidth: device.bandwidth.unwrap_or(empty.bandwidth),
         unified: device.memory_kind == MemoryKind::Unified,
         ..empty
     }
@@ -116,6 +120,7 @@ fn host(config: &EngineConfig, gpu: &GpuContext, memory: &MemoryEstimate) -> Pla
     PlanHost {
         free_bytes: ram.free_bytes,
         limit_bytes,
+        taken_bytes: claimed(Owner::Host),
         maps_weights: config.use_mmap,
         traits: HostTraits { repacked_types: repacked.iter().filter_map(|name| GgmlType::from_name(name)).collect() },
         ..empty

@@ -1,6 +1,7 @@
 //! Loading through llama.cpp: where the model goes, the load itself, and what to say about it afterwards.
 
 mod backend;
+mod claims;
 mod ladder;
 mod machine;
 mod overhead;
@@ -15,6 +16,7 @@ use minerva_gpu::plan::{Plan, PlanMachine};
 use minerva_llama::{Context, ContextParams, Model, ModelParams};
 
 use self::backend::LlamaBackend;
+use self::claims::Claim;
 use self::machine::Machine;
 use self::tokenizer::LlamaTokenizer;
 use crate::backend::Loaded;
@@ -56,6 +58,7 @@ fn load_rung(
     context_params: &ContextParams,
     context_tokens: u32,
     placement: Placement,
+    claim: Claim,
     report: &mut Report<'_>,
 ) -> Result<(Loaded, ModelInfo), LoadError> {
     tracing::debug!("Loading model with gpu_layers={}", model_params.n_gpu_layers);
@@ -75,7 +78,7 @@ fn load_rung(
     let context = Context::new(&model, context_params)?;
     let has_chat_template = tokenizer.has_chat_template();
     let context_length_tokens = context_tokens.min(context.n_ctx_seq());
-    let mut backend = LlamaBackend::new(context);
+    let mut backend = LlamaBackend::new(context, claim);
     progress(report, "warm-up", 0.95)?;
     backend.warm_up();
     progress(report, "ready", 1.0)?;

@@ -1,11 +1,13 @@
-//! What can only be seen from outside, or when nothing else runs: threads that are left, and bytes on stdout and stderr.
+//! What can only be seen from outside, or when nothing else runs: threads that are left, memory that engines share, and bytes on
+//! stdout and stderr.
 //!
 //! The ignored tests here are the insides of the others, which run them one by one in a process of their own.
 
+use std::ops::ControlFlow;
 use std::process::{Command, Output};
 
 use futures_util::FutureExt;
-use minerva_engine::{Engine, SimConfig};
+use minerva_engine::{Engine, EngineConfig, Request, SimConfig};
 
 use crate::real_model;
 use crate::support::{ask, greedy, submit, tokens, wait_until};
@@ -77,13 +79,38 @@ fn nothing_is_printed_while_a_model_is_loaded_and_generates() {
 #[ignore = "run by nothing_is_printed_while_a_model_is_loaded_and_generates"]
 fn inside_generate() {
     let engine = real_model::load();
-    let answer = ask(&engine, minerva_engine::Request::text("The capital of France is").greedy().max_tokens(4));
+    let answer = ask(&engine, Request::text("The capital of France is").greedy().max_tokens(4));
     assert_eq!(answer.summary().completion_tokens, 4);
-    let missing =
-        Engine::load(minerva_engine::EngineConfig::new("/no/such/model.gguf"), |_| std::ops::ControlFlow::Continue(()));
+    let missing = Engine::load(EngineConfig::new("/no/such/model.gguf"), |_| ControlFlow::Continue(()));
     assert!(missing.is_err());
 }
 
 #[test]
 #[ignore = "run by nothing_is_printed_while_a_model_is_loaded_and_generates"]
 fn inside_do_nothing() {}
+
+#[test]
+fn two_models_share_one_limit() {
+    run_alone("inside_share_one_limit");
+}
+
+/// The engines of other tests hold memory too.
+#[test]
+#[ignore = "run by two_models_share_one_limit"]
+fn inside_share_one_limit() {
+    let load = |memory_limit_bytes| {
+        let sizes = EngineConfig { n_seq_max: Some(1), context_length_tokens: None, ..real_model::config() };
+        Engine::load(EngineConfig { memory_limit_bytes, ..sizes }, |_| ControlFlow::Continue(())).expect("it loads")
+    };
+    let planned = |engine: &Engine| engine.info().placement.memory.iter().map(|m| m.planned_bytes).sum::<u64>();
+    let alone = planned(&load(None));
+    let limit_bytes = alone * 9 / 5;
+    let first = load(Some(limit_bytes));
+    assert_eq!(planned(&first), alone);
+    let second = load(Some(limit_bytes));
+    assert!(alone + planned(&second) <= limit_bytes, "{alone} + {} > {limit_bytes}", planned(&second));
+    let answer = ask(&second, Request::text("The capital of France is").greedy().max_tokens(4));
+    assert!(answer.text().contains("Paris"), "{}", answer.text());
+    drop((first, second));
+    assert_eq!(planned(&load(Some(limit_bytes))), alone, "what the others held is free again");
+}

@@ -11,7 +11,7 @@ use minerva_engine::{
 
 use crate::support::{ask, read, submit, wait_until_idle};
 
-fn config() -> EngineConfig {
+pub(crate) fn config() -> EngineConfig {
     let model: PathBuf = std::env::var_os("MINERVA_TEST_MODEL")
         .expect("MINERVA_TEST_MODEL names no model: run `cargo xtask setup`, which fetches it, and test through cargo")
         .into();

@@ -51,6 +51,9 @@ impl PlanDeviceKind {
 /// Two channels of DDR5.
 const DEFAULT_HOST_BANDWIDTH: u64 = 50_000_000_000;
 
+/// What a plan leaves free on a large device; llama.cpp's `--fit-target` is as much. A twentieth of a small one.
+const MOST_SPARED_BYTES: u64 = 1 << 30;
+
 /// A device that may take layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanDevice {
@@ -62,8 +65,11 @@ pub struct PlanDevice {
     pub total_bytes: u64,
     /// Free now.
     pub free_bytes: u64,
-    /// The most that may be used: the share or the user's limit.
+    /// The most that may be used, by all models of a process together: the share or the user's limit.
     pub limit_bytes: u64,
+    /// What other models of this process hold of the limit.
+    #[serde(default)]
+    pub taken_bytes: u64,
     /// What the backend takes for itself, out of the free bytes.
     pub overhead_bytes: u64,
     /// Bytes that it reads per second.
@@ -86,15 +92,31 @@ impl PlanDevice {
             total_bytes,
             free_bytes: total_bytes,
             limit_bytes,
+            taken_bytes: 0,
             overhead_bytes: kind.default_overhead_bytes(),
             bandwidth: kind.default_bandwidth(),
             unified: kind == PlanDeviceKind::Metal,
         }
     }
 
-    /// What tensors may take: within the limit and within what is free, the backend's overhead taken off.
+    /// What a plan gives to tensors: within the limit, and of what is free not all, since whoever else uses the device may want a
+    /// little more before the load is done. The backend's overhead is taken off.
     pub fn budget_bytes(&self) -> u64 {
-        self.limit_bytes.min(self.free_bytes).saturating_sub(self.overhead_bytes)
+        let spared = match self.kind {
+            PlanDeviceKind::Rpc => 0, // what its worker offers is there for us
+            PlanDeviceKind::Cuda | PlanDeviceKind::Metal => (self.total_bytes / 20).min(MOST_SPARED_BYTES),
+        };
+        Self { free_bytes: self.free_bytes.saturating_sub(spared), ..self.clone() }.room_bytes()
+    }
+
+    /// What tensors can take at most: what a load that was planned is checked against.
+    pub fn room_bytes(&self) -> u64 {
+        self.open_bytes().saturating_sub(self.overhead_bytes)
+    }
+
+    /// What is left of the limit and free, for tensors and the backend itself.
+    pub fn open_bytes(&self) -> u64 {
+        self.limit_bytes.saturating_sub(self.taken_bytes).min(self.free_bytes)
     }
 }
 
@@ -105,8 +127,11 @@ pub struct PlanHost {
     pub total_bytes: u64,
     /// Free now.
     pub free_bytes: u64,
-    /// What Minerva takes by itself; a model that the user insists on may take what is free.
+    /// What Minerva takes by itself, for all models of a process together; one that the user insists on may take what is free.
     pub limit_bytes: u64,
+    /// What other models of this process hold of the limit.
+    #[serde(default)]
+    pub taken_bytes: u64,
     /// Bytes read per second by all threads together.
     pub bandwidth: u64,
     /// Weights are mapped from the file: the system can drop and read them again, so they need not fit.
@@ -123,6 +148,7 @@ impl PlanHost {
             total_bytes,
             free_bytes: total_bytes,
             limit_bytes: default_limit_bytes(GpuDevice::Cpu, total_bytes),
+            taken_bytes: 0,
             bandwidth: DEFAULT_HOST_BANDWIDTH,
             maps_weights: true,
             traits: HostTraits::default(),

@@ -319,8 +319,9 @@ impl<'a> Search<'a> {
     /// user's wish: then only what is allocated counts.
     fn is_within_share(&self, estimate: &Estimate) -> bool {
         let all = estimate.host.total_bytes();
-        let counted = if estimate.host.weights_bytes > self.host.limit_bytes { self.host_bytes(estimate) } else { all };
-        counted <= self.host.limit_bytes
+        let share = self.host.limit_bytes.saturating_sub(self.host.taken_bytes);
+        let counted = if estimate.host.weights_bytes > share { self.host_bytes(estimate) } else { all };
+        counted <= share
     }
 
     fn out_of_memory(&self, needed_bytes: u64) -> PlanError {

@@ -34,7 +34,7 @@ impl fmt::Display for Plan {
         )?;
         let layers = best.placement.layers_per_device();
         for ((device, load), n_layers) in self.devices.iter().zip(&best.estimate.devices).zip(layers) {
-            let room = device.limit_bytes.min(device.free_bytes);
+            let room = device.open_bytes();
             row(f, &device.name, n_layers, load, device.overhead_bytes, room)?;
         }
         let n_on_host = best.placement.n_layers_total() - best.placement.n_gpu_layers();

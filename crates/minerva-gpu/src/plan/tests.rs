@@ -176,6 +176,19 @@ fn a_machine_is_read_from_text() {
 }
 
 #[test]
+fn a_gpu_that_others_use_is_not_filled_to_the_brim() {
+    let mut machine = machine("cuda:24GiB,rpc:8GiB,ram:32GiB");
+    let [cuda, rpc] = &mut machine.devices[..] else { panic!("{machine:?}") };
+    assert_eq!(cuda.budget_bytes(), cuda.limit_bytes - cuda.overhead_bytes, "the share leaves enough");
+    cuda.free_bytes = 12 << 30;
+    assert_eq!(cuda.budget_bytes(), (11 << 30) - cuda.overhead_bytes);
+    assert_eq!(cuda.room_bytes(), (12 << 30) - cuda.overhead_bytes);
+    assert_eq!((rpc.budget_bytes(), rpc.room_bytes()), (8 << 30, 8 << 30));
+    cuda.free_bytes = 1 << 30;
+    assert_eq!(cuda.budget_bytes(), 0, "no room, and no overflow");
+}
+
+#[test]
 fn the_table_shows_every_device_and_every_rung() {
     let plan = plan(&shape("llama3-70b-q4_0"), &Wishes::default(), &machine("cuda:24GiB,cuda:8GiB,ram:32GiB")).unwrap();
     let table = plan.to_string();

@@ -208,9 +208,19 @@ pub unsafe extern "C" fn nvmlDeviceGetNumGpuCores(_: Handle, to: *mut c_uint) ->
     0
 }
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvmlDeviceGetMaxClockInfo(_: Handle, _: c_uint, to: *mut c_uint) -> c_uint {
+pub unsafe extern "C" fn nvmlDeviceGetMaxClockInfo(_: Handle, clock: c_uint, to: *mut c_uint) -> c_uint {
+    const MEMORY: c_uint = 2;
     // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
-    unsafe { *to = 1980 };
+    unsafe { *to = if clock == MEMORY { 2619 } else { 1980 } };
+    0
+}
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMemoryBusWidth(handle: Handle, to: *mut c_uint) -> c_uint {
+    if handle == 2 {
+        return NOT_SUPPORTED;
+    }
+    // SAFETY: nvml-wrapper passes a live pointer of this type, as nvml.h asks of it.
+    unsafe { *to = 5120 };
     0
 }
 #[unsafe(no_mangle)]

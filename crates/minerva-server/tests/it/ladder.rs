@@ -2,46 +2,15 @@
 //!
 //! Needs the default model: `cargo xtask setup` fetches it.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::ops::ControlFlow;
+use std::process::Command;
 
+use minerva_engine::{Engine, EngineConfig, RpcServer};
 use serde_json::Value;
 
 use crate::client::get;
 use crate::process::Process;
-
-/// `minerva rpc-worker` with so many bytes to allocate.
-struct Worker {
-    child: Child,
-    address: String,
-}
-
-impl Worker {
-    fn start(memory_limit: Option<u64>) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_minerva"));
-        command.args(["rpc-worker", "--port", "0", "--threads", "1"]).env_clear().stderr(Stdio::piped());
-        if let Some(bytes) = memory_limit {
-            command.args(["--memory-limit", &bytes.to_string()]);
-        }
-        let mut child = command.spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
-        let address =
-            lines.find_map(|line| line.strip_prefix("[INFO] lending devices on ").map(str::to_owned)).unwrap();
-        std::thread::spawn(move || lines.for_each(drop));
-        while std::net::TcpStream::connect(&address).is_err() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Self { child, address }
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use crate::rpc_worker::{Shrinking, Worker};
 
 fn model() -> String {
     std::env::var("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model")
@@ -116,4 +85,105 @@ async fn without_a_fallback_the_table_is_printed_and_the_exit_code_is_2() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("Out of memory: GPU memory exceeded: ") && text.contains("used of its room"), "{text}");
+}
+
+/// The server on a device that shrinks to `free_bytes` at a question: layers and steps down, after a look at its log.
+async fn load_on(device: &Shrinking) -> (u64, usize) {
+    let args = ["-m", &model(), "--rpc", &device.address, "--parallel", "2", "--ctx", "8192", "--threads", "1"];
+    let server = Process::start(&args, &[("MINERVA_CACHE_DIR", "/nonexistent")]).await;
+    let placement = get(server.address, "/v1/status").await.json()["model"]["placement"].clone();
+    let steps = placement["steps_down"].as_array().unwrap();
+    assert!(steps.iter().all(|step| step.as_str().unwrap().starts_with("Out of memory: GPU memory exceeded: ")));
+    let log: Vec<String> = server.log.try_iter().collect();
+    let warned = log.iter().filter(|line| line.starts_with("[WARN] GPU OOM, falling back to ")).count();
+    assert_eq!(warned, steps.len(), "{log:#?}");
+    let metrics = String::from_utf8(get(server.address, "/metrics").await.body).unwrap();
+    assert!(metrics.contains(&format!("minerva_load_steps_down {}", steps.len())), "{metrics}");
+    (placement["n_gpu_layers"].as_u64().unwrap(), steps.len())
+}
+
+#[tokio::test]
+async fn a_device_that_shrinks_between_plan_and_load_costs_one_rung() {
+    let rungs = rungs();
+    let less = rungs[0] - (8 << 20); // room for the second rung, not for the first
+    let worker = Worker::start(None);
+    let steady = Shrinking::between(&worker, usize::MAX, less);
+    let (all_layers, n_steps) = load_on(&steady).await;
+    assert_eq!(n_steps, 0);
+
+    // At whichever question it shrinks: first the plan is already a smaller one, then the load finds out, then it is too late.
+    let mut outcomes = Vec::new();
+    for first in 1..=steady.n_asked() {
+        let worker = Worker::start(None);
+        outcomes.push(load_on(&Shrinking::between(&worker, first, less)).await);
+    }
+    let found_out = outcomes.iter().filter(|(_, n_steps)| *n_steps == 1).count();
+    assert!(found_out > 0 && outcomes.iter().all(|(_, n_steps)| *n_steps <= 1), "{outcomes:?}");
+    let begins = outcomes.iter().position(|(_, n_steps)| *n_steps == 1).unwrap();
+    assert!(outcomes[..begins].iter().all(|(layers, _)| *layers < all_layers), "planned with less: {outcomes:?}");
+    let (during, after) = outcomes[begins..].split_at(found_out);
+    assert!(during.iter().all(|&(layers, n_steps)| layers < all_layers && n_steps == 1), "{outcomes:?}");
+    assert!(after.iter().all(|&(layers, _)| layers == all_layers), "loaded before it shrank: {outcomes:?}");
+
+    // Without a fallback the table is shown instead.
+    let worker = Worker::start(None);
+    let device = Shrinking::between(&worker, begins + 1, less);
+    let output = Command::new(env!("CARGO_BIN_EXE_minerva-server"))
+        .args(["-m", &model(), "--port", "0", "--rpc", &device.address, "--no-fallback", "--parallel", "2"])
+        .args(["--ctx", "8192", "--threads", "1"])
+        .env_clear()
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("Out of memory: GPU memory exceeded: ") && text.contains("used of its room"), "{text}");
+}
+
+/// Resident bytes, open files and threads of this process.
+fn held() -> [u64; 3] {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let number = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    };
+    let n_files = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+    [number("VmRSS:") << 10, n_files, number("Threads:")]
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn engines_that_step_down_to_the_cpu_again_and_again_leave_nothing_behind() {
+    let this = std::env::current_exe().unwrap();
+    let inside = ["--exact", "ladder::inside_step_down_again_and_again", "--ignored", "--nocapture"];
+    let output = Command::new(this).args(inside).output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
+    println!("{printed}");
+}
+
+/// `FAILING_LOADS` says how many.
+#[test]
+#[ignore = "run by engines_that_step_down_to_the_cpu_again_and_again_leave_nothing_behind"]
+fn inside_step_down_again_and_again() {
+    let n: usize = std::env::var("FAILING_LOADS").map_or(12, |text| text.parse().unwrap());
+    let worker = Worker::start(Some(WORKER_BYTES));
+    let config = EngineConfig {
+        rpc_servers: vec![RpcServer::new(&worker.address)],
+        n_seq_max: Some(2),
+        context_length_tokens: Some(4096),
+        n_threads: Some(1),
+        ..EngineConfig::new(model())
+    };
+    let load = || {
+        let engine = Engine::load(config.clone(), |_| ControlFlow::Continue(())).unwrap();
+        let placement = &engine.info().placement;
+        assert!(placement.n_gpu_layers == 0 && placement.steps_down.len() >= 3, "{placement:?}");
+    };
+    (0..6).for_each(|_| load());
+    let before = held();
+    (0..n).for_each(|_| load());
+    let after = held();
+    println!("{n} loads that stepped down to the CPU: {before:?} -> {after:?} (resident bytes, files, threads)");
+    assert_eq!(before[1..], after[1..]);
+    assert!(after[0] < before[0] + (16 << 20), "{before:?} -> {after:?}");
 }

@@ -27,6 +27,7 @@ mod operation;
 mod probing;
 mod process;
 mod programs;
+mod rpc_worker;
 mod server;
 mod shutdown;
 mod stream;

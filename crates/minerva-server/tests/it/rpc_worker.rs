@@ -72,7 +72,13 @@ const WITH_REPLY: [u8; 11] = [0, 1, 2, 3, 7, 8, 9, GET_DEVICE_MEMORY, 13, 14, 15
 const GET_DEVICE_MEMORY: u8 = 11;
 
 /// Requests are a command, a length and so many bytes; replies a length and so many bytes. Ends with the connection.
-fn pass_on(mut client: TcpStream, mut server: TcpStream, asked: &AtomicUsize, first: usize, free: u64) -> io::Result<()> {
+fn pass_on(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    asked: &AtomicUsize,
+    first: usize,
+    free: u64,
+) -> io::Result<()> {
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
     loop {
@@ -80,7 +86,7 @@ fn pass_on(mut client: TcpStream, mut server: TcpStream, asked: &AtomicUsize, fi
         client.read_exact(&mut head)?;
         server.write_all(&head)?;
         let (command, n_bytes) = (head[0], u64::from_ne_bytes(*head.last_chunk().unwrap()));
-        io::copy(&mut client.by_ref().take(n_bytes), &mut server)?;
+        io::copy(&mut Read::by_ref(&mut client).take(n_bytes), &mut server)?;
         if !WITH_REPLY.contains(&command) {
             continue;
         }
@@ -89,7 +95,7 @@ fn pass_on(mut client: TcpStream, mut server: TcpStream, asked: &AtomicUsize, fi
         client.write_all(&length)?;
         let n_bytes = u64::from_ne_bytes(length);
         if command != GET_DEVICE_MEMORY {
-            io::copy(&mut server.by_ref().take(n_bytes), &mut client)?;
+            io::copy(&mut Read::by_ref(&mut server).take(n_bytes), &mut client)?;
             continue;
         }
         // Free bytes, then all bytes.
