@@ -27,6 +27,9 @@ impl Model {
     /// [`CallError`] when llama.cpp's tokenizer fails on the text.
     #[doc(alias = "llama_tokenize")]
     pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, CallError> {
+        if !self.has_texts() {
+            return Err(CallError::Argument("this model has no vocabulary: give it tokens instead of text".into()));
+        }
         if text.len() <= LARGE_TEXT_BYTES {
             return self.tokenize_here(text, add_special, parse_special);
         }
@@ -79,7 +82,7 @@ impl Model {
     /// too, which are otherwise empty. An id outside the vocabulary appends nothing.
     #[doc(alias = "llama_token_to_piece")]
     pub fn token_bytes(&self, token: Token, special: bool, out: &mut Vec<u8>) {
-        if !self.has_token(token) {
+        if !self.has_token(token) || !self.has_texts() {
             return;
         }
         let start = out.len();
@@ -114,17 +117,25 @@ impl Model {
         usize::try_from(token).is_ok_and(|token| token < self.n_vocab())
     }
 
+    /// Whether tokens stand for texts. A file may have none (`tokenizer.ggml.model` is `none`); llama.cpp aborts the process when
+    /// such a vocabulary is asked about a token.
+    #[doc(alias = "llama_vocab_type")]
+    pub fn has_texts(&self) -> bool {
+        // SAFETY: a live vocabulary.
+        unsafe { sys::llama_vocab_type(self.raw_vocab()) != sys::LLAMA_VOCAB_TYPE_NONE }
+    }
+
     /// Whether `token` ends a generation (EOS, end of turn and the like).
     #[doc(alias = "llama_vocab_is_eog")]
     pub fn is_end_of_generation(&self, token: Token) -> bool {
         // SAFETY: a live vocabulary; the token is checked, because llama.cpp indexes without a check.
-        self.has_token(token) && unsafe { sys::llama_vocab_is_eog(self.raw_vocab(), token) }
+        self.has_token(token) && self.has_texts() && unsafe { sys::llama_vocab_is_eog(self.raw_vocab(), token) }
     }
 
     /// Whether `token` is a control token, which has no text of its own.
     pub fn is_control(&self, token: Token) -> bool {
         // SAFETY: as above.
-        self.has_token(token) && unsafe { sys::llama_vocab_is_control(self.raw_vocab(), token) }
+        self.has_token(token) && self.has_texts() && unsafe { sys::llama_vocab_is_control(self.raw_vocab(), token) }
     }
 
     /// Every token that ends a generation.

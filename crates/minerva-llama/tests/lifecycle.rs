@@ -169,3 +169,22 @@ fn the_models_chat_template_renders_with_control_tokens() {
     assert!(template.render("{").is_err());
     assert!(ChatTemplate::new(&model, Some("{% if %}")).is_err());
 }
+
+#[test]
+fn a_vocabulary_without_texts_is_an_error_and_not_an_abort() {
+    let path = std::env::temp_dir().join(format!("minerva-no-texts-{}.gguf", std::process::id()));
+    let file = minerva_gpu::synthetic::shape("qwen2-1.5b-q4_0").expect("a known shape");
+    file.write_header_only(&path).expect("written");
+    // Weights of zeros that take no room.
+    std::fs::OpenOptions::new().write(true).open(&path).and_then(|f| f.set_len(file.file_bytes())).expect("longer");
+    let params = ModelParams { use_extra_buffers: false, use_mmap: true, ..ModelParams::default() };
+    let loaded = Model::load(&path, &params, &mut |_| ControlFlow::Continue(()));
+    std::fs::remove_file(&path).expect("removed");
+    let model = loaded.expect("it loads");
+    assert!(!model.has_texts() && model.has_token(5));
+    assert!(model.tokenize("some text", true, true).is_err());
+    assert!(!model.is_control(5) && !model.is_end_of_generation(5));
+    let mut bytes = Vec::new();
+    model.token_bytes(5, true, &mut bytes);
+    assert!(bytes.is_empty());
+}
