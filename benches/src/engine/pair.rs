@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::thread;
 
 use anyhow::{Context as _, bail};
-use minerva_engine::{Engine, EngineConfig, FlashAttention, KvType};
+use minerva_engine::{Engine, EngineConfig, KvType};
 use minerva_gpu::gguf::GgmlType;
 use minerva_gpu::plan::{Plan, Rung};
 use minerva_llama::{ContextParams, ExtraBuffers, ModelParams};
@@ -137,11 +137,7 @@ fn context_params(config: &EngineConfig, rung: &Rung) -> anyhow::Result<ContextP
         n_seq_max: settings.n_sequences,
         n_threads: config.n_threads.unwrap_or(threads),
         n_threads_batch: config.n_threads_batch.or(config.n_threads).unwrap_or(threads),
-        flash_attention: match config.flash_attention {
-            FlashAttention::Auto => minerva_llama::FlashAttention::Auto,
-            FlashAttention::On => minerva_llama::FlashAttention::On,
-            FlashAttention::Off => minerva_llama::FlashAttention::Off,
-        },
+        flash_attention: config.flash_attention.into(),
         type_k: cache_type(config.kv_type_k, settings.cache_type_k)?,
         type_v: cache_type(config.kv_type_v, settings.cache_type_v)?,
         kv_unified: settings.kv_unified,

@@ -124,6 +124,16 @@ pub enum FlashAttention {
     Off,
 }
 
+impl From<FlashAttention> for minerva_llama::FlashAttention {
+    fn from(wished: FlashAttention) -> Self {
+        match wished {
+            FlashAttention::Auto => Self::Auto,
+            FlashAttention::On => Self::On,
+            FlashAttention::Off => Self::Off,
+        }
+    }
+}
+
 /// Element type of the KV cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

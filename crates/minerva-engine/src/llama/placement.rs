@@ -68,11 +68,7 @@ impl Planned {
             n_seq_max: n_sequences,
             n_threads: config.n_threads.unwrap_or(threads),
             n_threads_batch: config.n_threads_batch.or(config.n_threads).unwrap_or(threads),
-            flash_attention: match config.flash_attention {
-                FlashAttention::Auto => minerva_llama::FlashAttention::Auto,
-                FlashAttention::On => minerva_llama::FlashAttention::On,
-                FlashAttention::Off => minerva_llama::FlashAttention::Off,
-            },
+            flash_attention: config.flash_attention.into(),
             type_k: llama_type(settings.cache_type_k),
             type_v: llama_type(settings.cache_type_v),
             kv_unified: settings.kv_unified,

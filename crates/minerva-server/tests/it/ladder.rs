@@ -62,29 +62,22 @@ async fn a_load_that_cannot_allocate_comes_up_one_rung_lower_and_says_so() {
     assert_eq!(layers_before, 0);
 }
 
-#[tokio::test]
-async fn without_a_fallback_the_table_is_printed_and_the_exit_code_is_2() {
-    let worker = Worker::start(Some(rungs()[0] / 2));
+/// Starts without a fallback on a device with too little room: the table, and exit code 2.
+fn is_refused_with_the_table(address: &str) {
     let output = Command::new(env!("CARGO_BIN_EXE_minerva-server"))
-        .args([
-            "-m",
-            &model(),
-            "--port",
-            "0",
-            "--rpc",
-            &worker.address,
-            "--no-fallback",
-            "--parallel",
-            "2",
-            "--ctx",
-            "8192",
-        ])
+        .args(["-m", &model(), "--port", "0", "--rpc", address, "--no-fallback", "--parallel", "2"])
+        .args(["--ctx", "8192", "--threads", "1"])
         .env_clear()
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("Out of memory: GPU memory exceeded: ") && text.contains("used of its room"), "{text}");
+}
+
+#[test]
+fn without_a_fallback_the_table_is_printed_and_the_exit_code_is_2() {
+    is_refused_with_the_table(&Worker::start(Some(rungs()[0] / 2)).address);
 }
 
 /// The server on a device that shrinks to `free_bytes` at a question: layers and steps down, after a look at its log.
@@ -128,15 +121,7 @@ async fn a_device_that_shrinks_between_plan_and_load_costs_one_rung() {
     // Without a fallback the table is shown instead.
     let worker = Worker::start(None);
     let device = Shrinking::between(&worker, begins + 1, less);
-    let output = Command::new(env!("CARGO_BIN_EXE_minerva-server"))
-        .args(["-m", &model(), "--port", "0", "--rpc", &device.address, "--no-fallback", "--parallel", "2"])
-        .args(["--ctx", "8192", "--threads", "1"])
-        .env_clear()
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{text}");
-    assert!(text.contains("Out of memory: GPU memory exceeded: ") && text.contains("used of its room"), "{text}");
+    is_refused_with_the_table(&device.address);
 }
 
 /// Resident bytes, open files and threads of this process.
