@@ -24,8 +24,15 @@ fn main() {
     for folder in ["include", "ggml/include", "common", "src", "vendor"] {
         shim.include(source.join(folder));
     }
-    shim.files(["shim/core.cpp", "shim/memory.cpp", "shim/chat.cpp", "shim/rpc.cpp", "shim/trial.cpp"])
-        .compile("minerva_shim");
+    shim.files([
+        "shim/core.cpp",
+        "shim/memory.cpp",
+        "shim/chat.cpp",
+        "shim/rpc.cpp",
+        "shim/speed.cpp",
+        "shim/trial.cpp",
+    ])
+    .compile("minerva_shim");
 
     let compiler = cache_value(&cache, "CMAKE_CXX_COMPILER").unwrap_or_default();
     println!("cargo::rustc-env=MINERVA_CXX={}", compiler_version(&compiler));

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use minerva_engine::{Engine, EngineConfig};
+use minerva_gpu::estimate::DeviceLoad;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +48,13 @@ pub(crate) struct Planned {
     pub(crate) n_gpu_layers: u32,
     /// The largest context of one sequence that fits with all else as planned.
     pub(crate) largest_context_tokens: u32,
+    /// Layers on a device whose experts are not.
+    pub(crate) n_expert_layers_on_host: u32,
+    /// On all devices together.
+    pub(crate) device_bytes: u64,
+    pub(crate) host_cache_bytes: u64,
+    /// Predicted for one sequence.
+    pub(crate) tokens_per_second: f64,
     /// Whether both sides fit next to each other.
     fits_twice: bool,
 }
@@ -110,18 +118,42 @@ impl Beside {
     ) -> anyhow::Result<Self> {
         let order = |side, slow_down_percent| {
             let (config, llama_devices) = (config.clone(), llama_devices.to_vec());
-            serde_json::to_string(&Order { side, config, llama_devices, slow_down_percent })
+            Order { side, config, llama_devices, slow_down_percent }
         };
         let floor = if programs.against.is_some() { Side::Engine } else { Side::Bare };
-        let orders = Sides { bare: order(floor, 0.0)?, engine: order(Side::Engine, slow_down_percent)? };
+        let orders = Sides { bare: order(floor, 0.0), engine: order(Side::Engine, slow_down_percent) };
+        Ok(Self::of_orders(programs, orders)?.0)
+    }
+
+    /// The engine with two configurations, and what it plans for each.
+    pub(crate) fn of_engines(
+        programs: Programs<'_>,
+        configs: Sides<&EngineConfig>,
+        llama_devices: &[usize],
+    ) -> anyhow::Result<(Self, Sides<Planned>)> {
+        let order = |config: &EngineConfig| {
+            let (config, llama_devices) = (config.clone(), llama_devices.to_vec());
+            Order { side: Side::Engine, config, llama_devices, slow_down_percent: 0.0 }
+        };
+        let orders = Sides { bare: order(configs.bare), engine: order(configs.engine) };
+        let (beside, plan) = Self::of_orders(programs, orders)?;
+        let (process, other) = Process::start(&beside.programs.engine, &beside.orders.engine)?;
+        process.end()?;
+        Ok((Self { at_once: beside.at_once && other.fits_twice, ..beside }, Sides { bare: plan, engine: other }))
+    }
+
+    /// Plans for the first side.
+    fn of_orders(programs: Programs<'_>, orders: Sides<Order>) -> anyhow::Result<(Self, Planned)> {
+        let Sides { bare, engine } = orders;
+        // A worker serves one connection.
+        let serves_two = engine.config.rpc_servers.is_empty();
+        let orders = Sides { bare: serde_json::to_string(&bare)?, engine: serde_json::to_string(&engine)? };
         let programs =
             Sides { bare: programs.against.unwrap_or(programs.own).to_owned(), engine: programs.own.to_owned() };
         // Not planned in this process, which would stay on the device.
         let (process, plan) = Process::start(&programs.bare, &orders.bare)?;
         process.end()?;
-        // A worker serves one connection.
-        let at_once = plan.fits_twice && config.rpc_servers.is_empty();
-        Ok(Self { programs, orders, at_once, plan })
+        Ok((Self { programs, orders, at_once: plan.fits_twice && serves_two, plan }, plan))
     }
 
     pub(crate) fn plan(&self) -> Planned {
@@ -339,9 +371,14 @@ fn plan(order: Order) -> anyhow::Result<Pair> {
 
 impl Pair {
     fn planned(&self) -> Planned {
+        let best = self.plan().best();
         Planned {
-            n_gpu_layers: self.plan().best().placement.n_gpu_layers(),
+            n_gpu_layers: best.placement.n_gpu_layers(),
             largest_context_tokens: self.plan().largest_context_tokens,
+            n_expert_layers_on_host: best.placement.expert_layers_on_host().len() as u32,
+            device_bytes: best.estimate.devices.iter().map(DeviceLoad::total_bytes).sum(),
+            host_cache_bytes: best.estimate.host.cache_bytes,
+            tokens_per_second: best.speed.decode_tokens_per_second,
             fits_twice: self.fits_twice(),
         }
     }

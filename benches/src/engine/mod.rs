@@ -13,7 +13,7 @@ use minerva_engine::{EngineConfig, FlashAttention};
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use beside::{Beside, Programs, Round, Runs, work as be_a_side};
+pub(crate) use beside::{Beside, Planned, Programs, Round, Runs, work as be_a_side};
 use pair::Pair;
 pub(crate) use pair::Sides;
 pub use report::Report;

@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     pub(super) synthetic: Option<String>,
     /// What to measure
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["speed", "memory", "layers", "batch", "context"])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["speed", "memory", "layers", "experts", "batch", "context"])]
     pub(super) parts: Vec<Part>,
     /// Fewer rounds, points and cycles
     #[arg(long)]
@@ -77,6 +77,8 @@ pub(super) enum Part {
     Memory,
     /// Layers on the GPU.
     Layers,
+    /// A mixture of experts that does not fit: its experts or whole layers on the host.
+    Experts,
     /// Sequences at once.
     Batch,
     /// Tokens of context.
@@ -90,6 +92,7 @@ impl Part {
             Self::Speed => "speed",
             Self::Memory => "memory",
             Self::Layers => "layers",
+            Self::Experts => "experts",
             Self::Batch => "batch",
             Self::Context => "context",
         }
@@ -171,7 +174,7 @@ mod tests {
     fn everything_is_measured_unless_parts_are_named() {
         Args::command().debug_assert();
         let args = Args::parse_from(["bench_gpu", "--model", "a/b.c.gguf"]);
-        let all = [Part::Speed, Part::Memory, Part::Layers, Part::Batch, Part::Context];
+        let all = [Part::Speed, Part::Memory, Part::Layers, Part::Experts, Part::Batch, Part::Context];
         assert!(all.iter().all(|part| args.has(*part)) && args.n_rounds() == 11);
         assert_eq!(model_name(&args.model_path(|_| ()).unwrap()), "b.c");
         let args = Args::parse_from(["bench_gpu", "--parts", "speed,batch", "--quick"]);

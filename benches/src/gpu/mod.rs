@@ -9,6 +9,7 @@ mod args;
 mod baseline;
 mod calibrate;
 mod chart;
+mod experts;
 mod measured;
 mod memory;
 mod place;
@@ -146,6 +147,9 @@ fn measure(
     let sweeper = Sweeper { model: &model, args, programs, say };
     if let (true, [cpu, device]) = (args.has(Part::Layers), places.as_slice()) {
         report.sweeps.push(sweeper.layers(cpu, device)?);
+    }
+    if let (true, [_, device]) = (args.has(Part::Experts) && experts::has_experts(&model)?, places.as_slice()) {
+        report.experts = Some(experts::measure(&model, device, args, programs, say)?);
     }
     for place in &places {
         if args.has(Part::Batch) {

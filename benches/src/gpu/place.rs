@@ -122,6 +122,22 @@ impl Place {
         }
     }
 
+    /// The same with no more of the device than this.
+    pub(super) fn limited(&self, config: &EngineConfig, limit_bytes: u64) -> EngineConfig {
+        let limit = Some(limit_bytes);
+        if self.rpc.is_some() {
+            let rpc_servers = config.rpc_servers.iter().map(|s| RpcServer { memory_limit_bytes: limit, ..s.clone() });
+            EngineConfig { rpc_servers: rpc_servers.collect(), ..config.clone() }
+        } else {
+            EngineConfig { memory_limit_bytes: limit, ..config.clone() }
+        }
+    }
+
+    /// llama.cpp's numbers of its devices.
+    pub(super) fn llama_devices(&self) -> &[usize] {
+        &self.llama_devices
+    }
+
     /// Both sides on this place.
     pub(super) fn beside(
         &self,

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::args::{Args, Part};
 use super::baseline::MIN_ROUNDS;
 use super::chart::{Chart, Line, svg};
+use super::experts::Experts;
 use super::measured::Measured;
 use super::memory::Memory;
 use super::place::{Place, slug};
@@ -31,6 +32,7 @@ pub struct Report {
     pub(super) speed: Option<Speed>,
     pub(super) memory: Vec<Memory>,
     pub(super) sweeps: Vec<Sweep>,
+    pub(super) experts: Option<Experts>,
     /// Lines of the comparison with the baseline.
     pub(super) comparison: Vec<String>,
     /// What the engine is compared with.
@@ -53,6 +55,7 @@ impl Report {
             speed: None,
             memory: Vec::new(),
             sweeps: Vec::new(),
+            experts: None,
             comparison: Vec::new(),
             floor: args.floor(),
             slow_down: args.slow_down,
@@ -133,6 +136,9 @@ impl Report {
         }
         for part in [Part::Layers, Part::Batch, Part::Context] {
             self.sweep_section(part, &mut lines);
+        }
+        if let Some(experts) = &self.experts {
+            experts.section(&mut lines);
         }
         if self.chart().is_some() {
             lines.push(format!("![decode speed by batch, context and layers]({}.svg)\n", self.file_name()));

@@ -22,6 +22,8 @@ pub struct EngineConfig {
     pub rpc_servers: Vec<RpcServer>,
     /// Layers on the GPU; never more than the model has.
     pub n_gpu_layers: Option<u32>,
+    /// Layers whose experts stay on the host, the first ones of the model.
+    pub n_expert_layers_on_host: Option<u32>,
     /// Run on the CPU when the GPU has no room, instead of failing.
     pub fallback_to_cpu: bool,
     /// The most device memory to use, in bytes. `None` is the default share of the device.
@@ -73,6 +75,7 @@ impl Default for EngineConfig {
             device: DeviceChoice::Auto,
             rpc_servers: Vec::new(),
             n_gpu_layers: None,
+            n_expert_layers_on_host: None,
             fallback_to_cpu: true,
             memory_limit_bytes: None,
             context_length_tokens: None,

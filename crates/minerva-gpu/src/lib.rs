@@ -15,7 +15,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::needless_raw_string_hashes))]
 #![deny(unsafe_code)] // but for the one query in `nvml` that old drivers demand
 
-mod bandwidth;
 mod boot;
 mod cgroup;
 mod choice;
@@ -41,7 +40,6 @@ pub mod synthetic;
 mod testing;
 mod visible;
 
-pub use bandwidth::measure_host_bandwidth;
 pub use boot::hardware_fingerprint;
 pub use cgroup::CgroupLimits;
 pub use choice::{BuildBackends, DeviceChoice, ParseChoiceError};

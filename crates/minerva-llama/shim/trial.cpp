@@ -2,9 +2,7 @@
 // Nothing here guards against a device that crashes or hangs: it is meant to run in a process that may.
 
 #include "guard.h"
-
-#include "ggml-backend.h"
-#include "ggml.h"
+#include "owned.h"
 
 #include <cmath>
 #include <cstdint>
@@ -53,15 +51,6 @@ constexpr int64_t COLUMNS = 256;
 constexpr int64_t ROWS    = 64;
 constexpr int64_t TOKENS  = 16;
 
-using backend_ptr = std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)>;
-using buffer_ptr  = std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)>;
-using context_ptr = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
-
-context_ptr new_context() {
-    const size_t size = 16 * ggml_tensor_overhead() + ggml_graph_overhead();
-    return context_ptr(ggml_init({ size, nullptr, /* no_alloc = */ true }), ggml_free);
-}
-
 // Values between -1 and 1 that repeat on every machine.
 std::vector<float> values(size_t n, uint32_t state) {
     std::vector<float> out(n);
@@ -106,8 +95,8 @@ int mnv_trial_new(ggml_backend_dev_t device, bool repacked, mnv_trial ** out, mn
             mnv_set_error(error, "the backend cannot be initialised");
             return MNV_NULL;
         }
-        trial->weights_context = new_context();
-        trial->context         = new_context();
+        trial->weights_context = mnv_new_context();
+        trial->context         = mnv_new_context();
         ggml_context * context = trial->context.get();
 
         ggml_tensor * weights = ggml_new_tensor_2d(trial->weights_context.get(), GGML_TYPE_Q4_0, COLUMNS, ROWS);

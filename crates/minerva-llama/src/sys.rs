@@ -34,6 +34,13 @@ pub struct mnv_chat {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct mnv_speed {
+    pub bytes_per_second: f64,
+    pub round_trip_seconds: f64,
+}
+
+#[repr(C)]
 pub struct mnv_trial {
     _opaque: [u8; 0],
 }
@@ -157,5 +164,11 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn mnv_trial_run(trial: *mut mnv_trial, distance: *mut f64, error: *mut mnv_error) -> c_int;
     pub fn mnv_trial_free(trial: *mut mnv_trial);
+    pub fn mnv_speed_measure(
+        device: ggml_backend_dev_t,
+        n_threads: c_int,
+        out: *mut mnv_speed,
+        error: *mut mnv_error,
+    ) -> c_int;
     pub fn mnv_string_free(string: *mut c_char);
 }

@@ -97,7 +97,6 @@ fn plan(args: &Args) -> anyhow::Result<String> {
         config.model.path = Some(model.clone());
     }
     let mut engine = engine_config(&config, args)?;
-    let threads = engine.n_threads.map_or_else(|| minerva_gpu::Machine::probe().cpu.threads, |n| n as usize);
     let machine = if let Some(machine) = &args.device {
         machine.clone()
     } else {
@@ -105,9 +104,7 @@ fn plan(args: &Args) -> anyhow::Result<String> {
         if let Some(probe) = &engine.probe {
             probing::probe(probe);
         }
-        let mut machine = Engine::machine(&engine)?;
-        machine.host.bandwidth = minerva_gpu::measure_host_bandwidth(threads);
-        machine
+        Engine::machine(&engine)?
     };
     let plan = Engine::plan(&engine, &machine)?;
     Ok(if args.json { format!("{:#}\n", as_json(&plan)) } else { plan.to_string() })

@@ -2,11 +2,11 @@
 
 use minerva_gpu::estimate::HostTraits;
 use minerva_gpu::gguf::GgmlType;
-use minerva_gpu::plan::{PlanDevice, PlanDeviceKind, PlanHost, PlanMachine};
+use minerva_gpu::plan::{PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
 use minerva_gpu::{
     BuildBackends, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate, MemoryKind,
 };
-use minerva_llama::{Device, DeviceKind};
+use minerva_llama::{Device, DeviceKind, DeviceSpeed};
 
 use super::claims::{Owner, claimed};
 use super::overhead;
@@ -43,7 +43,19 @@ impl Machine {
         for device in minerva_llama::devices().iter().filter(|device| rpc.contains(&device.index)) {
             machine.add_rpc_device(device);
         }
+        if !machine.planned.devices.is_empty() {
+            machine.measure_host(config); // what is better left on it depends on how slow it is
+        }
         Ok(machine)
+    }
+
+    /// Takes what the host really reads per second for what hosts usually do.
+    pub(super) fn measure_host(&mut self, config: &EngineConfig) {
+        let cpu = minerva_llama::devices().into_iter().find(|device| device.kind == DeviceKind::Cpu);
+        let n_threads = n_threads(config, &self.gpu);
+        if let Some(speed) = cpu.and_then(|cpu| measured(&cpu, n_threads)) {
+            self.planned.host.bandwidth = speed.bytes_per_second;
+        }
     }
 
     /// llama.cpp's numbers of devices at these positions of the planned machine.
@@ -86,7 +98,11 @@ impl Machine {
     /// The size that llama.cpp reports is already cut down to the limit of the server's entry.
     fn add_rpc_device(&mut self, device: &Device) {
         let empty = PlanDevice::empty(device.name.clone(), PlanDeviceKind::Rpc, device.total_bytes);
-        let planned = PlanDevice { free_bytes: device.free_bytes, ..empty };
+        let mut planned = PlanDevice { free_bytes: device.free_bytes, ..empty };
+        if let Some(speed) = measured(device, 0) {
+            planned.bandwidth = speed.bytes_per_second;
+            planned.crossing_ns = u64::try_from(speed.round_trip.as_nanos() / 2).unwrap_or(u64::MAX);
+        }
         self.add(planned, device.index, Some(device.description.clone()));
     }
 
@@ -98,6 +114,25 @@ impl Machine {
     }
 }
 
+/// What a device does; `None` leaves the usual figures of its kind.
+fn measured(device: &Device, n_threads: u32) -> Option<DeviceSpeed> {
+    match minerva_llama::device_speed(device.index, n_threads) {
+        Ok(speed) => {
+            tracing::debug!(device = device.name, ?speed, "measured");
+            Some(speed)
+        }
+        Err(problem) => {
+            tracing::debug!(device = device.name, %problem, "not measured");
+            None
+        }
+    }
+}
+
+/// Compute threads of a step: all that the process may use, unless the user says.
+pub(super) fn n_threads(config: &EngineConfig, gpu: &GpuContext) -> u32 {
+    config.n_threads.unwrap_or_else(|| u32::try_from(gpu.machine().cpu.threads).unwrap_or(1))
+}
+
 fn local(device: &DeviceInfo) -> PlanDevice {
     let kind = if device.kind == GpuDevice::Metal { PlanDeviceKind::Metal } else { PlanDeviceKind::Cuda };
     let empty = PlanDevice::empty(device.name.clone(), kind, device.total_bytes);
@@ -105,7 +140,7 @@ fn local(device: &DeviceInfo) -> PlanDevice {
         free_bytes: device.free_bytes,
         limit_bytes: device.limit_bytes,
         overhead_bytes: overhead::remembered(device).unwrap_or(empty.overhead_bytes),
-        bandwidth: device.bandwidth.unwrap_or(empty.bandwidth),
+        bandwidth: device.bandwidth.map_or(empty.bandwidth, of_nominal_bandwidth),
         unified: device.memory_kind == MemoryKind::Unified,
         ..empty
     }

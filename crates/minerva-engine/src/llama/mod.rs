@@ -46,9 +46,11 @@ pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan,
     placement::plan_for(config, machine)
 }
 
-/// This machine, for a plan.
+/// This machine, for a plan that people read: its speed is measured even where it decides nothing.
 pub(crate) fn machine(config: &EngineConfig) -> Result<PlanMachine, LoadError> {
-    Ok(probed(config)?.planned)
+    let mut machine = probed(config)?;
+    machine.measure_host(config);
+    Ok(machine.planned)
 }
 
 /// Loads one rung of a plan.

@@ -5,7 +5,7 @@ use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Plan, PlanError, PlanMachine, Rung, Wishes};
 use minerva_llama::{ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
 
-use super::machine::Machine;
+use super::machine::{Machine, n_threads};
 use crate::config::{EngineConfig, FlashAttention, KvType};
 use crate::error::LoadError;
 use crate::status::{DeviceMemory, Placement};
@@ -60,14 +60,14 @@ impl Planned {
     pub(super) fn context_params(&self, config: &EngineConfig, rung: &Rung) -> ContextParams {
         let settings = &rung.settings;
         let LoadSettings { context_tokens, n_sequences, batch_tokens, ubatch_tokens, .. } = *settings;
-        let threads = u32::try_from(self.machine.gpu.machine().cpu.threads).unwrap_or(1);
+        let n_threads = n_threads(config, &self.machine.gpu);
         ContextParams {
             n_ctx: context_tokens,
             n_batch: batch_tokens,
             n_ubatch: ubatch_tokens,
             n_seq_max: n_sequences,
-            n_threads: config.n_threads.unwrap_or(threads),
-            n_threads_batch: config.n_threads_batch.or(config.n_threads).unwrap_or(threads),
+            n_threads,
+            n_threads_batch: config.n_threads_batch.unwrap_or(n_threads),
             flash_attention: config.flash_attention.into(),
             type_k: llama_type(settings.cache_type_k),
             type_v: llama_type(settings.cache_type_v),
@@ -154,6 +154,7 @@ impl EngineConfig {
         let fixed = |kv_type: KvType| (kv_type != KvType::F16 || !self.kv_may_quantize).then(|| ggml_type(kv_type));
         Wishes {
             gpu_layers: self.n_gpu_layers,
+            expert_layers_on_host: self.n_expert_layers_on_host,
             context_tokens: self.context_length_tokens,
             n_cells: self.n_cells,
             n_sequences: self.n_seq_max,

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use model::ModelShape;
 pub use placement::Placement;
-pub(crate) use reading::{bytes_read_per_token, layer_bytes};
+pub(crate) use reading::{DeviceReads, layer_bytes, reads_per_token};
 pub use settings::LoadSettings;
 
 use crate::gguf::{GgmlType, GgufError};

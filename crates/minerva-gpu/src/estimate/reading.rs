@@ -5,20 +5,32 @@ use super::model::ModelShape;
 use super::placement::{Placement, is_expert};
 use super::settings::LoadSettings;
 
-/// Bytes that one token reads from each device, and how often it moves from one to the next.
+/// What one token reads and moves.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct BytesRead {
-    pub(crate) devices: Vec<u64>,
-    pub(crate) host: u64,
+pub(crate) struct Reads {
+    pub(crate) devices: Vec<DeviceReads>,
+    pub(crate) host_bytes: u64,
+}
+
+/// One device's part.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct DeviceReads {
+    pub(crate) bytes: u64,
+    /// Tensors that come to the device or leave it.
     pub(crate) n_crossings: u32,
 }
 
+/// Tensors that cross where a layer's experts are elsewhere: the hidden state, which experts and how much of each, and the result.
+const EXPERT_CROSSINGS: u32 = 4;
+
 /// Weights that take part, and a quarter of the cache: of the experts only as many as are used, of the token table one row.
-pub(crate) fn bytes_read_per_token(model: &ModelShape, settings: &LoadSettings, placement: &Placement) -> BytesRead {
-    let mut bytes = vec![0_u64; placement.n_devices() + 1];
+pub(crate) fn reads_per_token(model: &ModelShape, settings: &LoadSettings, placement: &Placement) -> Reads {
+    let n_devices = placement.n_devices();
+    // The host comes last.
+    let mut reads = vec![DeviceReads::default(); n_devices + 1];
     let cache = CacheShape::of(model, settings);
     let n_sequences = u64::from(settings.n_sequences.max(1));
-    let mut n_crossings = 0;
+    let mut before = n_devices; // the token table
     for (il, layer) in (0..model.n_layers).zip(&model.layers) {
         let home = placement.layer_backend(il);
         for (name, tensor) in &layer.tensors {
@@ -26,19 +38,29 @@ pub(crate) fn bytes_read_per_token(model: &ModelShape, settings: &LoadSettings, 
                 (true, n_experts) if n_experts > 0 => tensor.bytes / u64::from(n_experts) * layer.n_experts_used.max(1),
                 _ => tensor.bytes,
             };
-            bytes[placement.tensor_backend(il, name)] += read;
+            reads[placement.tensor_backend(il, name)].bytes += read;
         }
-        bytes[home] += cache.layer_tensors(model, il).iter().sum::<u64>() / n_sequences / 4;
-        let next = if il + 1 < model.n_layers { placement.layer_backend(il + 1) } else { placement.output_backend() };
-        n_crossings += u32::from(home != next);
+        reads[home].bytes += cache.layer_tensors(model, il).iter().sum::<u64>() / n_sequences / 4;
         if placement.tensor_backend(il, "ffn_up_exps.weight") != home {
-            n_crossings += 2;
+            reads[home].n_crossings += EXPERT_CROSSINGS;
         }
+        cross(&mut reads, before, home);
+        before = home;
     }
+    cross(&mut reads, before, placement.output_backend());
+    cross(&mut reads, placement.output_backend(), n_devices); // who samples
     let output = if model.is_tied() { "token_embd.weight" } else { "output.weight" };
-    bytes[placement.output_backend()] += model.outside.get(output).map_or(0, |tensor| tensor.bytes);
-    let host = bytes.pop().unwrap_or(0);
-    BytesRead { devices: bytes, host, n_crossings }
+    reads[placement.output_backend()].bytes += model.outside.get(output).map_or(0, |tensor| tensor.bytes);
+    let host_bytes = reads.pop().map_or(0, |host| host.bytes);
+    Reads { devices: reads, host_bytes }
+}
+
+/// Between two devices the hidden state goes through the host.
+fn cross(reads: &mut [DeviceReads], from: usize, to: usize) {
+    if from != to {
+        reads[from].n_crossings += 1;
+        reads[to].n_crossings += 1;
+    }
 }
 
 /// Weights and cache of each layer, the output layer last: what moves with a layer.

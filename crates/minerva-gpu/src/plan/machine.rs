@@ -32,10 +32,18 @@ impl PlanDeviceKind {
 
     /// What a device of this kind reads per second where nobody measured: an RTX 4090, an M-series Pro, a loopback worker.
     fn default_bandwidth(self) -> u64 {
-        match self {
+        of_nominal_bandwidth(match self {
             Self::Cuda => 1_000_000_000_000,
             Self::Metal => 200_000_000_000,
-            Self::Rpc => DEFAULT_HOST_BANDWIDTH,
+            Self::Rpc => HOST_NOMINAL_BANDWIDTH,
+        })
+    }
+
+    /// A copy of a few kilobytes and a wait; over RPC, half a round trip through a socket and the threads at its ends.
+    fn default_crossing_ns(self) -> u64 {
+        match self {
+            Self::Cuda | Self::Metal => 20_000,
+            Self::Rpc => 100_000,
         }
     }
 
@@ -49,7 +57,12 @@ impl PlanDeviceKind {
 }
 
 /// Two channels of DDR5.
-const DEFAULT_HOST_BANDWIDTH: u64 = 50_000_000_000;
+const HOST_NOMINAL_BANDWIDTH: u64 = 50_000_000_000;
+
+/// What matrix-vector products reach of the bandwidth that a data sheet or a driver tells.
+pub fn of_nominal_bandwidth(bytes_per_second: u64) -> u64 {
+    bytes_per_second / 4 * 3
+}
 
 /// What a plan leaves free on a large device; llama.cpp's `--fit-target` is as much. A twentieth of a small one.
 const MOST_SPARED_BYTES: u64 = 1 << 30;
@@ -72,8 +85,11 @@ pub struct PlanDevice {
     pub taken_bytes: u64,
     /// What the backend takes for itself, out of the free bytes.
     pub overhead_bytes: u64,
-    /// Bytes that it reads per second.
+    /// Bytes of weights that matrix-vector products read per second.
     pub bandwidth: u64,
+    /// What it costs to move the hidden state there or back, in nanoseconds.
+    #[serde(default)]
+    pub crossing_ns: u64,
     /// Whether its memory is the host's: what it takes, the host lacks.
     pub unified: bool,
 }
@@ -95,6 +111,7 @@ impl PlanDevice {
             taken_bytes: 0,
             overhead_bytes: kind.default_overhead_bytes(),
             bandwidth: kind.default_bandwidth(),
+            crossing_ns: kind.default_crossing_ns(),
             unified: kind == PlanDeviceKind::Metal,
         }
     }
@@ -132,7 +149,7 @@ pub struct PlanHost {
     /// What other models of this process hold of the limit.
     #[serde(default)]
     pub taken_bytes: u64,
-    /// Bytes read per second by all threads together.
+    /// Bytes of weights that matrix-vector products read per second, all threads together.
     pub bandwidth: u64,
     /// Weights are mapped from the file: the system can drop and read them again, so they need not fit.
     pub maps_weights: bool,
@@ -149,7 +166,7 @@ impl PlanHost {
             free_bytes: total_bytes,
             limit_bytes: default_limit_bytes(GpuDevice::Cpu, total_bytes),
             taken_bytes: 0,
-            bandwidth: DEFAULT_HOST_BANDWIDTH,
+            bandwidth: of_nominal_bandwidth(HOST_NOMINAL_BANDWIDTH),
             maps_weights: true,
             traits: HostTraits::default(),
         }
@@ -210,8 +227,8 @@ impl FromStr for PlanMachine {
     }
 }
 
-/// `900GB/s`, in decimal gigabytes as data sheets have it.
+/// `900GB/s`, in decimal gigabytes as data sheets have it; what of it products reach.
 fn parse_speed(text: &str) -> Option<u64> {
     let gigabytes: u64 = text.strip_suffix("GB/s")?.trim().parse().ok()?;
-    gigabytes.checked_mul(1_000_000_000).filter(|&speed| speed > 0)
+    gigabytes.checked_mul(1_000_000_000).map(of_nominal_bandwidth).filter(|&speed| speed > 0)
 }

@@ -19,9 +19,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-use serde::{Deserialize, Serialize};
-
-pub use machine::{ParseMachineError, PlanDevice, PlanDeviceKind, PlanHost, PlanMachine};
+pub use machine::{ParseMachineError, PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
 pub use speed::Speed;
 
 use crate::estimate::{Estimate, LoadSettings, ModelShape, Placement};
@@ -40,6 +38,8 @@ pub const MIN_CONTEXT_TOKENS: u32 = 512;
 pub struct Wishes {
     /// Layers on devices, the output layer included; never more than there are.
     pub gpu_layers: Option<u32>,
+    /// Layers whose experts stay on the host, the first ones of the model.
+    pub expert_layers_on_host: Option<u32>,
     /// The most tokens of one sequence.
     pub context_tokens: Option<u32>,
     /// Cells of all sequences together.
@@ -70,6 +70,7 @@ impl Default for Wishes {
     fn default() -> Self {
         Self {
             gpu_layers: None,
+            expert_layers_on_host: None,
             context_tokens: None,
             n_cells: None,
             n_sequences: None,
@@ -169,13 +170,4 @@ pub enum PlanError {
 /// [`PlanError::OutOfMemory`] when nothing that the wishes allow fits, [`PlanError::Wish`] when they contradict each other.
 pub fn plan(model: &ModelShape, wishes: &Wishes, machine: &PlanMachine) -> Result<Plan, PlanError> {
     search::Search::new(model, wishes, machine)?.plan()
-}
-
-/// How the estimates of a rung compare with what it really took: the ratio corrects the next plan.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Observation {
-    /// What the plan said.
-    pub planned_bytes: u64,
-    /// What the device lost.
-    pub taken_bytes: u64,
 }

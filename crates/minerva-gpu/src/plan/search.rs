@@ -22,6 +22,10 @@ const DEFAULT_UBATCH_TOKENS: u32 = 512;
 /// The smallest micro-batch that an open wish is shrunk to.
 pub(super) const MIN_UBATCH_TOKENS: u32 = 128;
 
+/// How much faster whole layers must look before the experts leave with them: the attention that would leave too grows with the
+/// context.
+const WHOLE_LAYERS_GAIN: f64 = 1.1;
+
 /// A set of wishes made concrete, and what was given up for it.
 #[derive(Debug, Clone)]
 pub(super) struct Draft {
@@ -48,10 +52,12 @@ impl<'a> Search<'a> {
     pub(super) fn new(model: &'a ModelShape, wishes: &'a Wishes, machine: &PlanMachine) -> Result<Self, PlanError> {
         check(wishes)?;
         let mut order: Vec<usize> = (0..machine.devices.len()).collect();
-        // By what they are, never by where they were named; equal devices cannot be told apart.
+        // By what they are, never by where they were named; equal devices cannot be told apart. A bandwidth that was measured is
+        // never the same twice.
         order.sort_by_key(|&position| {
             let device = &machine.devices[position];
-            (std::cmp::Reverse((device.bandwidth, device.budget_bytes())), device.kind, device.name.clone())
+            let magnitude = device.bandwidth.max(1).ilog2();
+            (std::cmp::Reverse((magnitude, device.budget_bytes())), device.kind, device.name.clone())
         });
         let devices = order.iter().map(|&position| machine.devices[position].clone()).collect();
         let host = machine.host.clone();
@@ -88,7 +94,7 @@ impl<'a> Search<'a> {
     }
 
     /// The wish as it is.
-    fn first_draft(&self) -> Result<Draft, PlanError> {
+    pub(super) fn first_draft(&self) -> Result<Draft, PlanError> {
         let (wishes, trained) = (self.wishes, self.model.context_train_tokens);
         let context = wishes.context_tokens.unwrap_or_else(|| trained.clamp(1, DEFAULT_CONTEXT_TOKENS));
         let (n_sequences, n_cells, kv_unified, context_tokens) = match wishes.n_cells {
@@ -170,7 +176,8 @@ impl<'a> Search<'a> {
     }
 
     fn is_everything(&self, rung: &Rung) -> bool {
-        rung.placement.n_gpu_layers() == self.wanted_layers() && rung.placement.expert_layers_on_host().is_empty()
+        let n_experts_left = rung.placement.expert_layers_on_host().len();
+        rung.placement.n_gpu_layers() == self.wanted_layers() && n_experts_left <= self.wanted_on_host() as usize
     }
 
     fn wanted_layers(&self) -> u32 {
@@ -178,36 +185,42 @@ impl<'a> Search<'a> {
         self.wishes.gpu_layers.map_or(all, |n| n.min(all))
     }
 
+    /// Experts that stay on the host because the user says so.
+    fn wanted_on_host(&self) -> u32 {
+        let n_layers = if self.model.n_experts > 0 { self.model.n_layers } else { 0 };
+        self.wishes.expert_layers_on_host.unwrap_or(0).min(n_layers)
+    }
+
     fn place_everything(&self, draft: &Draft) -> Option<Rung> {
-        let placement = self.place_layers(draft, self.wanted_layers(), 0)?;
+        let placement = self.place_layers(draft, self.wanted_layers(), self.wanted_on_host())?;
         Some(self.rung(draft, placement))
     }
 
-    /// As much on devices as fits: everything, or with experts left behind, or fewer layers.
+    /// As much on devices as fits: everything, or with experts left behind, or fewer layers where that is clearly faster.
     pub(super) fn place(&self, draft: &Draft) -> Option<Rung> {
         if let Some(rung) = self.place_everything(draft) {
             return Some(rung);
         }
-        let (wanted, n_layers) = (self.wanted_layers(), self.model.n_layers);
-        if self.model.n_experts > 0 {
-            let fits = |n_left: u32| self.place_layers(draft, wanted, n_left);
-            if let Some(placement) = first_that_fits(1, n_layers, fits) {
-                return Some(self.rung(draft, placement));
-            }
+        if self.model.n_experts == 0 || self.wishes.expert_layers_on_host.is_some() {
+            return self.place_fewer_layers(draft, self.wanted_on_host());
         }
-        let n_left = if self.model.n_experts > 0 { n_layers } else { 0 };
-        // Fewer layers: `n_fewer` from 1 on.
-        let fits = |n_fewer: u32| self.place_layers(draft, wanted - n_fewer, n_left);
-        let placement = first_that_fits(1, wanted.saturating_sub(1), fits)?;
-        Some(self.rung(draft, placement))
+        let (wanted, n_layers) = (self.wanted_layers(), self.model.n_layers);
+        let all_layers = first_that_fits(1, n_layers, |n_left| self.place_layers(draft, wanted, n_left));
+        let all_layers = all_layers.map(|placement| self.rung(draft, placement));
+        if all_layers.is_some() && self.wishes.gpu_layers.is_some() {
+            return all_layers; // layers that the user fixed are not given up for speed
+        }
+        let experts_left = all_layers.or_else(|| self.place_fewer_layers(draft, n_layers));
+        let whole_layers = self.place_fewer_layers(draft, 0);
+        let speed = |rung: &Option<Rung>| rung.as_ref().map_or(0.0, |rung| rung.speed.decode_tokens_per_second);
+        if speed(&whole_layers) > WHOLE_LAYERS_GAIN * speed(&experts_left) { whole_layers } else { experts_left }
     }
 
-    /// What would be done if experts could not be left behind.
-    #[cfg(test)]
-    pub(super) fn best_with_whole_layers(&self) -> Option<Rung> {
-        let draft = self.first_draft().ok()?;
-        let fits = |n_fewer: u32| self.place_layers(&draft, self.wanted_layers() - n_fewer, 0);
-        Some(self.rung(&draft, first_that_fits(1, self.wanted_layers() - 1, fits)?))
+    /// Fewer layers than wanted, as many as fit, with the experts of so many left behind.
+    pub(super) fn place_fewer_layers(&self, draft: &Draft, n_experts_left: u32) -> Option<Rung> {
+        let wanted = self.wanted_layers();
+        let fits = |n_fewer: u32| self.place_layers(draft, wanted - n_fewer, n_experts_left);
+        Some(self.rung(draft, first_that_fits(1, wanted.saturating_sub(1), fits)?))
     }
 
     /// The last `n_layers` on devices, the experts of the first `n_experts_left` layers on the host.
@@ -281,7 +294,7 @@ impl<'a> Search<'a> {
         if n_layers < wanted && n_layers > 0 {
             gave_up.push(format!("{n_layers} of {wanted} layers on devices: {room} is their room"));
         }
-        if n_experts_left > 0 && n_layers > 0 {
+        if n_experts_left > self.wanted_on_host() as usize && n_layers > 0 {
             gave_up
                 .push(format!("the experts of {n_experts_left} layers stay on the host: {room} is the devices' room"));
         }

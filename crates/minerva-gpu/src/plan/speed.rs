@@ -1,15 +1,12 @@
-//! How fast a load should be: tokens per second are bytes read per token over bandwidth, while one token is decoded at a time.
+//! How fast a load should be, while one token is decoded at a time: each device reads its bytes at its bandwidth, and the hidden
+//! state moves from one to the next.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{PlanDevice, PlanHost};
-use crate::estimate::{LoadSettings, ModelShape, Placement, bytes_read_per_token};
-
-/// What a move of the hidden state from one device to the next costs: a copy and two waits, in seconds.
-const CROSSING_SECONDS: f64 = 30e-6;
-
-/// Of the nominal bandwidth, what matrix-vector products reach.
-const BANDWIDTH_SHARE: f64 = 0.75;
+use crate::estimate::{DeviceReads, LoadSettings, ModelShape, Placement, reads_per_token};
 
 /// A prediction.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -28,13 +25,16 @@ pub(super) fn predict(
     devices: &[PlanDevice],
     host: &PlanHost,
 ) -> Speed {
-    let read = bytes_read_per_token(model, settings, placement);
+    let read = reads_per_token(model, settings, placement);
     #[allow(clippy::cast_precision_loss, reason = "a prediction")]
-    let seconds = |bytes: u64, bandwidth: u64| bytes as f64 / (bandwidth.max(1) as f64 * BANDWIDTH_SHARE);
-    let on_devices: f64 =
-        read.devices.iter().zip(devices).map(|(&bytes, device)| seconds(bytes, device.bandwidth)).sum();
-    let on_host = seconds(read.host, host.bandwidth);
-    let total = on_devices + on_host + f64::from(read.n_crossings) * CROSSING_SECONDS;
+    let seconds = |bytes: u64, bandwidth: u64| bytes as f64 / bandwidth.max(1) as f64;
+    let of_device = |(read, device): (&DeviceReads, &PlanDevice)| {
+        let crossings = Duration::from_nanos(device.crossing_ns) * read.n_crossings;
+        seconds(read.bytes, device.bandwidth) + crossings.as_secs_f64()
+    };
+    let on_devices: f64 = read.devices.iter().zip(devices).map(of_device).sum();
+    let on_host = seconds(read.host_bytes, host.bandwidth);
+    let total = on_devices + on_host;
     if total <= 0.0 {
         return Speed::default();
     }

@@ -154,6 +154,10 @@ pub static SETTINGS: &[Setting] = &[
         Kind::Uint { min: 0, max: ALL_LAYERS, words: LAYERS }, Initial::Unset,
         "Layers to keep on the GPU, never more than the model has. `auto`: as many as fit in the memory limit.")
         .dash("ngl").alias(&["gpu-layers"]),
+    setting("gpu.expert_layers_on_host", "MINERVA_GPU_EXPERT_LAYERS_ON_HOST", "n-cpu-moe",
+        Kind::Uint { min: 0, max: ALL_LAYERS, words: LAYERS }, Initial::Unset,
+        "Of a mixture of experts: layers whose experts stay on the host, the first ones. `auto`: as few as fit, or none where \
+        fewer whole layers on the GPU are clearly faster.").dash("ncmoe"),
     setting("gpu.context_size", "MINERVA_GPU_CONTEXT_SIZE", "ctx",
         Kind::Uint { min: 16, max: 1 << 24, words: AUTO_OR_ZERO }, Initial::Unset,
         "The most tokens one request may have, prompt and answer together. `auto`: what the model was trained for, as far \

@@ -38,6 +38,7 @@ pub struct GpuSettings {
     pub device: String,
     pub backend: String,
     pub layers_to_gpu: Option<u32>,
+    pub expert_layers_on_host: Option<u32>,
     pub context_size: Option<u32>,
     /// In bytes here, whatever the unit it was written in.
     pub max_memory_mb: Option<u64>,
@@ -196,6 +197,7 @@ impl Config {
             device: self.device()?,
             rpc_servers: gpu.rpc_servers()?,
             n_gpu_layers: gpu.layers_to_gpu,
+            n_expert_layers_on_host: gpu.expert_layers_on_host,
             fallback_to_cpu: gpu.fallback_to_cpu,
             memory_limit_bytes: gpu.max_memory_mb,
             context_length_tokens: gpu.context_size,
