@@ -7,9 +7,10 @@
 
 use std::io::{BufRead as _, BufReader, Write as _, stdin, stdout};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::thread;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use anyhow::{Context as _, bail};
 use minerva_engine::{Engine, EngineConfig};
@@ -24,6 +25,9 @@ use crate::machine::OthersWatch;
 /// Threads that just computed spin for a few milliseconds before they sleep.
 const SETTLE: Duration = Duration::from_millis(10);
 
+/// How long a side may take for each answer. A large model on a slow CPU takes minutes; what takes longer hangs.
+const ANSWER_TIME: Duration = Duration::from_mins(20);
+
 /// The files whose processes the sides are; each calls [`work`] with what follows `--side-worker`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Programs<'a> {
@@ -35,10 +39,19 @@ pub(crate) struct Programs<'a> {
 /// Two sides that can be loaded and run, any number of times.
 #[derive(Debug, Clone)]
 pub(crate) struct Beside {
-    programs: Sides<PathBuf>,
-    orders: Sides<String>,
+    sides: Sides<Program>,
     at_once: bool,
     plan: Planned,
+}
+
+/// How a side's process is started.
+#[derive(Debug, Clone)]
+struct Program {
+    /// In errors.
+    name: &'static str,
+    file: PathBuf,
+    args: Vec<String>,
+    answer_time: Duration,
 }
 
 /// What the engine plans.
@@ -108,20 +121,23 @@ impl Beside {
         llama_devices: &[usize],
         slow_down_percent: f64,
     ) -> anyhow::Result<Self> {
-        let order = |side, slow_down_percent| {
+        let program = |name, side, slow_down_percent, file: &Path| -> anyhow::Result<_> {
             let (config, llama_devices) = (config.clone(), llama_devices.to_vec());
-            serde_json::to_string(&Order { side, config, llama_devices, slow_down_percent })
+            let order = serde_json::to_string(&Order { side, config, llama_devices, slow_down_percent })?;
+            let args = vec!["--side-worker".to_owned(), order];
+            Ok(Program { name, file: file.to_owned(), args, answer_time: ANSWER_TIME })
         };
-        let floor = if programs.against.is_some() { Side::Engine } else { Side::Bare };
-        let orders = Sides { bare: order(floor, 0.0)?, engine: order(Side::Engine, slow_down_percent)? };
-        let programs =
-            Sides { bare: programs.against.unwrap_or(programs.own).to_owned(), engine: programs.own.to_owned() };
+        let engine = program("the engine", Side::Engine, slow_down_percent, programs.own)?;
+        let bare = match programs.against {
+            Some(against) => program("the other build's engine", Side::Engine, 0.0, against)?,
+            None => program("the bare loop", Side::Bare, 0.0, programs.own)?,
+        };
         // Not planned in this process, which would stay on the device.
-        let (process, plan) = Process::start(&programs.bare, &orders.bare)?;
+        let (process, plan) = Process::start(&bare)?;
         process.end()?;
         // A worker serves one connection.
         let at_once = plan.fits_twice && config.rpc_servers.is_empty();
-        Ok(Self { programs, orders, at_once, plan })
+        Ok(Self { sides: Sides { bare, engine }, at_once, plan })
     }
 
     pub(crate) fn plan(&self) -> Planned {
@@ -130,7 +146,7 @@ impl Beside {
 
     /// A load and a run of the floor alone.
     pub(crate) fn bare(&self, workload: Workload, seed: u32) -> anyhow::Result<Sample> {
-        let (mut bare, _) = Process::start(&self.programs.bare, &self.orders.bare)?;
+        let (mut bare, _) = Process::start(&self.sides.bare)?;
         bare.load()?;
         bare.run(workload.warm_up(), !seed)?;
         let sample = bare.run(workload, seed)?;
@@ -153,8 +169,8 @@ impl Beside {
 
     fn by_turns(&self, workloads: &[Workload], runs: Runs, round: u32) -> anyhow::Result<Round> {
         // Both plan before either takes memory.
-        let (mut bare, _) = Process::start(&self.programs.bare, &self.orders.bare)?;
-        let (mut engine, _) = Process::start(&self.programs.engine, &self.orders.engine)?;
+        let (mut bare, _) = Process::start(&self.sides.bare)?;
+        let (mut engine, _) = Process::start(&self.sides.engine)?;
         let load_s = in_turn(round, || bare.load(), || engine.load())?;
         let mut all = Vec::new();
         for (index, &workload) in workloads.iter().enumerate() {
@@ -175,8 +191,8 @@ impl Beside {
     }
 
     fn one_after_the_other(&self, workloads: &[Workload], runs: Runs, round: u32) -> anyhow::Result<Round> {
-        let turn = |program: &Path, order: &str| -> anyhow::Result<(f64, Vec<Vec<Sample>>)> {
-            let (mut side, _) = Process::start(program, order)?;
+        let turn = |program: &Program| -> anyhow::Result<(f64, Vec<Vec<Sample>>)> {
+            let (mut side, _) = Process::start(program)?;
             let load_s = side.load()?;
             let mut all = Vec::new();
             for (index, &workload) in workloads.iter().enumerate() {
@@ -191,11 +207,7 @@ impl Beside {
             side.end()?;
             Ok((load_s, all))
         };
-        let Sides { bare, engine } = in_turn(
-            round,
-            || turn(&self.programs.bare, &self.orders.bare),
-            || turn(&self.programs.engine, &self.orders.engine),
-        )?;
+        let Sides { bare, engine } = in_turn(round, || turn(&self.sides.bare), || turn(&self.sides.engine))?;
         let pairs = bare.1.into_iter().zip(engine.1);
         let runs = pairs
             .map(|(bare, engine)| bare.into_iter().zip(engine).map(|(bare, engine)| Sides { bare, engine }).collect());
@@ -231,29 +243,39 @@ fn seed(round: u32, workload: usize, run: usize) -> u32 {
 
 /// A side's process. It ends when this is dropped.
 struct Process {
+    name: &'static str,
     child: Child,
     tasks: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    /// What it says, from a thread that ends with it: a pipe cannot be read with a time limit.
+    answers: Receiver<io::Result<String>>,
+    answer_time: Duration,
 }
 
 impl Process {
-    fn start(program: &Path, order: &str) -> anyhow::Result<(Self, Planned)> {
-        let mut command = Command::new(program);
-        command.args(["--side-worker", order]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
-        let tasks = child.stdin.take();
-        let answers = BufReader::new(child.stdout.take().context("no pipe")?);
-        let mut process = Self { child, tasks, answers };
-        match process.answer()? {
+    fn start(program: &Program) -> anyhow::Result<(Self, Planned)> {
+        let mut process = Self::spawn(program)?;
+        match process.answer("its plan")? {
             Answer::Planned(plan) => Ok((process, plan)),
-            other => bail!("a side began with {other:?}"),
+            other => bail!("{} began with {other:?}", process.name),
         }
+    }
+
+    fn spawn(program: &Program) -> anyhow::Result<Self> {
+        let &Program { name, ref file, ref args, answer_time } = program;
+        let mut command = Command::new(file);
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("cannot start {}", file.display()))?;
+        let tasks = child.stdin.take();
+        let lines = BufReader::new(child.stdout.take().context("no pipe")?).lines();
+        let (said, answers) = mpsc::channel();
+        thread::spawn(move || lines.into_iter().try_for_each(|line| said.send(line)));
+        Ok(Self { name, child, tasks, answers, answer_time })
     }
 
     fn load(&mut self) -> anyhow::Result<f64> {
         match self.ask(&Task::Load)? {
             Answer::Loaded { seconds } => Ok(seconds),
-            other => bail!("a side was to load and said {other:?}"),
+            other => bail!("{} was to load and said {other:?}", self.name),
         }
     }
 
@@ -261,21 +283,25 @@ impl Process {
         thread::sleep(SETTLE);
         match self.ask(&Task::Run { workload, seed })? {
             Answer::Ran(sample) => Ok(sample),
-            other => bail!("a side was to run and said {other:?}"),
+            other => bail!("{} was to run and said {other:?}", self.name),
         }
     }
 
     fn ask(&mut self, task: &Task) -> anyhow::Result<Answer> {
-        let tasks = self.tasks.as_mut().context("the side has ended")?;
-        writeln!(tasks, "{}", serde_json::to_string(task)?).context("a side's process is gone")?;
-        self.answer()
+        let tasks = self.tasks.as_mut().with_context(|| format!("{} has ended", self.name))?;
+        writeln!(tasks, "{}", serde_json::to_string(task)?).with_context(|| format!("{} is gone", self.name))?;
+        self.answer(&format!("{task:?}"))
     }
 
-    fn answer(&mut self) -> anyhow::Result<Answer> {
-        let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
-            bail!("a side's process ended ({})", self.child.wait()?);
-        }
+    fn answer(&mut self, asked_for: &str) -> anyhow::Result<Answer> {
+        let line = match self.answers.recv_timeout(self.answer_time) {
+            Ok(line) => line?,
+            Err(RecvTimeoutError::Timeout) => return self.give_up(asked_for),
+            Err(RecvTimeoutError::Disconnected) => {
+                let status = self.wait()?;
+                bail!("{}'s process ended ({status})", self.name)
+            }
+        };
         let answer: Result<Answer, String> = parse(&line)?;
         answer.map_err(|error| anyhow::anyhow!(error))
     }
@@ -283,9 +309,25 @@ impl Process {
     /// Waits until its memory is free again.
     fn end(mut self) -> anyhow::Result<()> {
         drop(self.tasks.take());
-        let status = self.child.wait()?;
-        anyhow::ensure!(status.success(), "a side's process ended badly ({status})");
+        let status = self.wait()?;
+        anyhow::ensure!(status.success(), "{}'s process ended badly ({status})", self.name);
         Ok(())
+    }
+
+    fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        let began = Instant::now();
+        while began.elapsed() < self.answer_time {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.give_up("its end")
+    }
+
+    fn give_up<T>(&mut self, asked_for: &str) -> anyhow::Result<T> {
+        self.child.kill()?;
+        bail!("{} was asked for {asked_for}, did not answer for {:?} and was killed", self.name, self.answer_time)
     }
 }
 
@@ -369,4 +411,37 @@ fn say(answer: &Result<Answer, String>) -> anyhow::Result<()> {
     let mut out = stdout().lock();
     writeln!(out, "{}", serde_json::to_string(answer)?)?;
     Ok(out.flush()?)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    /// A program that takes no task and says nothing, and ends well after a minute.
+    fn sleeper() -> anyhow::Result<Process> {
+        let (args, answer_time) = (vec!["60".to_owned()], Duration::from_millis(50));
+        Process::spawn(&Program { name: "the engine", file: "sleep".into(), args, answer_time })
+    }
+
+    #[test]
+    fn a_side_that_never_answers_is_killed_and_the_error_says_which_what_and_how_long() {
+        let mut process = sleeper().unwrap();
+        let problem = process.ask(&Task::Load).unwrap_err().to_string();
+        assert_eq!(problem, "the engine was asked for Load, did not answer for 50ms and was killed");
+        assert!(!process.child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn so_is_one_that_does_not_end() {
+        let problem = sleeper().unwrap().end().unwrap_err().to_string();
+        assert_eq!(problem, "the engine was asked for its end, did not answer for 50ms and was killed");
+    }
+
+    #[test]
+    fn one_that_ends_unasked_is_an_error_at_once() {
+        let program =
+            Program { name: "the engine", file: "false".into(), args: Vec::new(), answer_time: Duration::from_mins(1) };
+        let problem = Process::start(&program).err().unwrap().to_string();
+        assert_eq!(problem, "the engine's process ended (exit status: 1)");
+    }
 }
