@@ -1,5 +1,5 @@
 //! What the two binaries do: read the configuration, then serve, or print something and exit. `minerva rpc-worker` is in
-//! `rpc_worker.rs`, `minerva doctor` in `doctor.rs`.
+//! `rpc_worker.rs`, `minerva doctor` in `doctor.rs`, `minerva plan` in `plan_command.rs`.
 //!
 //! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed or nothing can run, 2 for a configuration that cannot be used,
 //! 130 or 143 for a second signal.
@@ -29,11 +29,8 @@ pub fn run(program: Program) -> ExitCode {
     if command.as_ref().is_some_and(|command| command == config::PROBE) {
         return probing::run_child();
     }
-    if program == Program::Minerva && command.as_ref().is_some_and(|command| command == config::RPC_WORKER) {
+    if program == Program::Minerva && command.is_some_and(|command| command == config::RPC_WORKER) {
         return rpc_worker::run();
-    }
-    if program == Program::Minerva && command.is_some_and(|command| command == config::PLAN) {
-        return plan_command::run();
     }
     match invoke(program) {
         Ok(code) => code,
@@ -60,6 +57,7 @@ fn invoke(program: Program) -> Result<ExitCode, ConfigError> {
         Action::Config(format) => print(&loaded.report.print(format)),
         Action::Diagnose => diagnose(&loaded.config),
         Action::Doctor => doctor::run(&loaded.config),
+        Action::Plan { machine, json } => plan_command::run(&loaded.config, machine, json),
     })
 }
 

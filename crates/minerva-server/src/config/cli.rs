@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use minerva_gpu::plan::PlanMachine;
 
 use super::kind::Kind;
 use super::settings::Setting;
@@ -21,14 +22,11 @@ pub enum Program {
 /// The subcommand that is no server: [`rpc_worker`](crate::rpc_worker) reads its arguments, which share names with settings.
 pub(crate) const RPC_WORKER: &str = "rpc-worker";
 
-/// Another: [`plan_command`](crate::plan_command).
-pub(crate) const PLAN: &str = "plan";
-
 /// The hidden subcommand of both programs: the child that tries the devices ([`probing`](crate::probing)).
 pub(crate) const PROBE: &str = "__probe";
 
 /// What the command line asks for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Action {
     /// Load the model and answer requests.
     #[default]
@@ -39,6 +37,13 @@ pub enum Action {
     Diagnose,
     /// Try everything anew and print what works and what to do about the rest (`minerva doctor`).
     Doctor,
+    /// Print what the model will take, and where, without loading it (`minerva plan`).
+    Plan {
+        /// A machine that does not exist, in place of this one.
+        machine: Option<PlanMachine>,
+        /// As JSON.
+        json: bool,
+    },
 }
 
 /// How settings are printed.
@@ -72,9 +77,10 @@ impl Invocation {
     pub fn parse(program: Program, args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
         let matches = command(program).try_get_matches_from(expand_dashes(args))?;
         let mut action = Action::Serve;
+        let mut model = None;
         let mut matches = &matches;
         if let Some((name, inner)) = matches.subcommand() {
-            if name == RPC_WORKER || name == PLAN {
+            if name == RPC_WORKER {
                 let text = format!("`{name}` has flags of its own and comes first: see `minerva {name} --help`");
                 return Err(command(program).error(clap::error::ErrorKind::ArgumentConflict, text).into());
             }
@@ -88,36 +94,61 @@ impl Invocation {
             if name == "doctor" {
                 action = Action::Doctor;
             }
+            if name == "plan" {
+                action = Action::Plan { machine: None, json: inner.get_flag("json") };
+                model = inner.get_one::<String>("model").cloned();
+            }
             matches = inner; // global arguments are visible from the inside, wherever they were written
         }
         let mut invocation =
             Self { action, config_file: matches.get_one::<PathBuf>("config-file").cloned(), values: Values::new() };
         for setting in SETTINGS {
-            let Some(text) = given(setting, matches) else { continue };
-            if setting.path == "gpu.device" && text == "debug" {
-                invocation.action = Action::Diagnose;
-                continue;
+            let mut texts = given(setting, matches);
+            if setting.path == "model.path" {
+                texts.extend(model.take());
             }
-            let value = setting.kind.parse_text(&text).map_err(|allowed| ConfigError::Value {
-                place: format!("`--{}`", setting.flag),
-                given: if setting.kind.is_secret() { "not usable".to_owned() } else { format!("`{text}`") },
-                allowed,
-            })?;
-            invocation.values.push((setting, value));
+            for text in texts {
+                invocation.set(setting, &text)?;
+            }
         }
         Ok(invocation)
     }
+
+    /// Takes a flag's text; of several the last one counts.
+    fn set(&mut self, setting: &'static Setting, text: &str) -> Result<(), ConfigError> {
+        let allowed = match (setting.kind.parse_text(text), setting.kind, &mut self.action) {
+            (Ok(value), ..) => {
+                self.values.push((setting, value));
+                return Ok(());
+            }
+            (Err(_), Kind::Device, action) if text == "debug" => {
+                *action = Action::Diagnose;
+                return Ok(());
+            }
+            (Err(allowed), Kind::Device, Action::Plan { machine, .. }) => match text.parse() {
+                Ok(made_up) => {
+                    *machine = Some(made_up);
+                    return Ok(());
+                }
+                Err(problem) => format!("{allowed}; as a machine, {problem}"),
+            },
+            (Err(allowed), ..) => allowed,
+        };
+        let given = if setting.kind.is_secret() { "not usable".to_owned() } else { format!("`{text}`") };
+        Err(ConfigError::Value { place: format!("`--{}`", setting.flag), given, allowed })
+    }
 }
 
-/// The flag's text, if it was given; several of a list in one.
-fn given(setting: &Setting, matches: &ArgMatches) -> Option<String> {
+/// The flag's texts, the last of which counts; several of a list in one.
+fn given(setting: &Setting, matches: &ArgMatches) -> Vec<String> {
     if let Some(off) = setting.off
         && matches.get_flag(off)
     {
-        return Some("false".to_owned());
+        return vec!["false".to_owned()];
     }
-    let texts = matches.get_many::<String>(setting.path)?;
-    Some(texts.map(String::as_str).collect::<Vec<_>>().join(","))
+    let texts: Vec<_> = matches.get_many::<String>(setting.path).into_iter().flatten().cloned().collect();
+    let is_list = matches!(setting.kind, Kind::List { .. }) && !texts.is_empty();
+    if is_list { vec![texts.join(",")] } else { texts }
 }
 
 fn command(program: Program) -> Command {
@@ -135,10 +166,15 @@ fn command(program: Program) -> Command {
         let markdown = Arg::new("markdown").long("markdown").action(ArgAction::SetTrue);
         let markdown = markdown.conflicts_with("json").help("The reference of all settings: docs/configuration.md");
         command = command.subcommand(Command::new("serve").about("Serve; the same as no subcommand")).subcommand(
-            Command::new("config").about("Print each setting's value and where it came from").args([json, markdown]),
+            Command::new("config")
+                .about("Print each setting's value and where it came from")
+                .args([json.clone(), markdown]),
         );
-        command =
-            command.subcommand(Command::new(PLAN).about("Say what a model will take, and where, without loading it"));
+        let model = Arg::new("model").value_name("MODEL").conflicts_with("model.path");
+        let model = model.help("The GGUF file, the same as --model");
+        let about = "Say what a model will take, and where, without loading it: on this machine, as it would be served with \
+            the same flags, or with `--device` on one that does not exist";
+        command = command.subcommand(Command::new("plan").about(about).args([model, json]));
         command = command.subcommand(
             Command::new("doctor").about("Try every device and say what works, what does not, and what to do about it"),
         );
@@ -160,6 +196,7 @@ fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
     let mut arg = Arg::new(setting.path)
         .long(setting.flag)
         .visible_aliases(setting.aliases.iter().copied())
+        .aliases(setting.dash)
         .global(true)
         .help_heading(heading)
         .help(format!("{}{words}{dash} [env: {}]", setting.help, setting.env))
@@ -173,7 +210,7 @@ fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
         Kind::Uint { .. } => arg.value_name("N").allow_negative_numbers(true),
         Kind::Seconds { .. } => arg.value_name("SECONDS"),
         Kind::Megabytes | Kind::Bytes { .. } => arg.value_name("SIZE"),
-        Kind::Device => arg.value_name("DEVICE"),
+        Kind::Device => arg.action(ArgAction::Append).value_name("DEVICE"), // `plan` takes a machine beside it
         Kind::OneOf(_) => arg.value_name("WORD"),
         Kind::Text if key.ends_with("path") || key.ends_with("file") => arg.value_name("FILE"),
         Kind::Text => arg.value_name("TEXT"),
@@ -189,21 +226,16 @@ fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
     std::iter::once(arg).chain(off)
 }
 
-/// Turns llama-server's `-ngl 5` and `-ngl=5` into `--n-gpu-layers 5`: clap would read `-n -g -l`.
+/// Turns llama-server's `-ngl 5` and `-ngl=5` into `--ngl 5` and `--ngl=5`: clap would read `-n -g -l`.
 fn expand_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut is_literal = false;
     let expand = |arg: OsString| {
         let Some(text) = arg.to_str() else { return arg };
         is_literal |= text == "--";
-        let Some(name) = text.strip_prefix('-').filter(|name| !is_literal && !name.starts_with('-')) else {
-            return arg;
-        };
-        let (name, value) = name.split_once('=').map_or((name, None), |(name, value)| (name, Some(value)));
-        let Some(setting) = SETTINGS.iter().find(|setting| setting.dash == Some(name)) else { return arg };
-        OsString::from(match value {
-            Some(value) => format!("--{}={value}", setting.flag),
-            None => format!("--{}", setting.flag),
-        })
+        let Some(name) = text.strip_prefix('-').filter(|_| !is_literal) else { return arg };
+        let name = name.split_once('=').map_or(name, |(name, _)| name);
+        let is_ours = SETTINGS.iter().any(|setting| setting.dash == Some(name));
+        if is_ours { format!("-{text}").into() } else { arg }
     };
     args.into_iter().map(expand).collect()
 }
@@ -265,6 +297,25 @@ mod tests {
         assert_eq!((before.action, before.values.len()), (Action::Config(ReportFormat::Json), 1));
         let after = parse("minerva serve --port 1").unwrap();
         assert_eq!((after.action, after.values.len()), (Action::Serve, 1));
+    }
+
+    #[test]
+    fn plan_takes_the_flags_of_the_server_and_a_machine_beside_the_device() {
+        let plan = |line: &str| {
+            let invocation = parse(line).unwrap();
+            let config = load(&invocation, []).unwrap().config;
+            (invocation.action, config.model.path, config.gpu.device)
+        };
+        let path = |path: &str| Some(PathBuf::from(path));
+        let (machine, json) = ("cuda:24GiB,ram:64GiB".parse().ok(), true);
+        let made_up = (Action::Plan { machine, json }, path("a.gguf"), "cpu".to_owned());
+        assert_eq!(plan("minerva plan a.gguf --device cuda:24GiB,ram:64GiB --gpu=cpu --json"), made_up);
+        assert_eq!(plan("minerva plan --json --gpu cpu --port 9 -m a.gguf --device=cuda:24GiB,ram:64GiB"), made_up);
+        let here = (Action::Plan { machine: None, json: false }, path("a.gguf"), "cuda:1".to_owned());
+        assert_eq!(plan("minerva --np 4 plan --device cuda:1 a.gguf"), here);
+        assert!(parse("minerva plan a.gguf -m b.gguf").unwrap_err().to_string().contains("cannot be used with"));
+        assert!(parse("minerva plan --device cuda:24GiB").unwrap_err().to_string().contains("as a machine"));
+        assert!(parse("minerva --device cuda:24GiB,ram:64GiB").is_err(), "only for a plan");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
 pub use cli::{Action, Invocation, Program, ReportFormat};
-pub(crate) use cli::{PLAN, PROBE, RPC_WORKER};
+pub(crate) use cli::{PROBE, RPC_WORKER};
 pub use report::{Report, reference};
 pub use settings::{SETTINGS, Setting};
 pub use typed::{Config, GpuSettings, ModelSettings, PerformanceSettings, Seconds, ServerSettings};

@@ -145,7 +145,8 @@ pub static SETTINGS: &[Setting] = &[
     setting("gpu.device", "MINERVA_GPU_DEVICE", "gpu", Kind::Device, Initial::Text("auto"),
         "Where to run: auto, cpu, metal, cuda, cuda:N, or a number N, which is device N of `gpu.backend` (without one: \
         cuda:N, on macOS metal). `auto` takes a GPU when there is one and says so in the log when there is none; a GPU \
-        named here that is not there is an error. The flag also takes `debug`: print the whole diagnosis and exit.")
+        named here that is not there is an error. The flag also takes `debug`: print the whole diagnosis and exit. With `minerva plan` it also \
+        takes a machine that does not exist: `--device cuda:24GiB,cuda:8GiB@600GB/s,ram:32GiB`.")
         .alias(&["device"]),
     setting("gpu.backend", "MINERVA_GPU_BACKEND", "gpu-backend", Kind::OneOf(&["auto", "cpu", "metal", "cuda"]),
         Initial::Text("auto"),

@@ -7,6 +7,7 @@
 //! - [`operation`]: health, status, metrics, request ids
 //! - [`drop`]: many clients, some of which leave
 //! - [`ladder`]: devices without the memory that was planned
+//! - [`plan`]: `minerva plan`, with the server's flags
 //! - [`shutdown`], [`programs`]: the binaries: signals, exit codes, logs
 //! - [`probing`], `modules`: drivers and backends that crash, hang or lie
 
@@ -24,6 +25,7 @@ mod limits;
 #[cfg(all(feature = "dynamic-backends", target_os = "linux"))]
 mod modules;
 mod operation;
+mod plan;
 mod probing;
 mod process;
 mod programs;

@@ -1,0 +1,316 @@
+//! The worker's part in a schedule, and what is checked after every step.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::Script;
+use crate::backend::{BackendLimits, SeqId};
+use crate::request::TokenId;
+use crate::scheduler::{CacheOp, RequestId, Scheduler, Step};
+
+/// A request that waits or runs.
+#[derive(Debug)]
+struct Live {
+    script: Script,
+    seqs: Vec<SeqId>,
+    /// Tokens generated so far, per choice.
+    n_generated: Vec<u32>,
+}
+
+impl Live {
+    fn choice(&self, seq: SeqId) -> u32 {
+        self.seqs.iter().position(|&own| own == seq).expect("the sequence is one of the request's") as u32
+    }
+
+    fn runs(&self, choice: u32) -> bool {
+        self.n_generated[choice as usize] < self.script.n_generate
+    }
+}
+
+/// How a step fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fault {
+    CacheUnchanged,
+    HalfWritten,
+}
+
+/// The worker's part in a schedule.
+pub(super) struct Replay {
+    limits: BackendLimits,
+    scheduler: Scheduler,
+    cache: Vec<Vec<TokenId>>,
+    owners: Vec<Option<RequestId>>,
+    live: BTreeMap<RequestId, Live>,
+    /// Waiting requests as they came, to see that nobody overtakes.
+    queue: VecDeque<RequestId>,
+    step: Step,
+    pub(super) cannot_cut: bool,
+    pub(super) cannot_copy: bool,
+    pub(super) us_per_row: u64,
+    tick: usize,
+    line: String,
+    pub(super) trace: String,
+}
+
+impl Replay {
+    pub(super) fn new(limits: BackendLimits) -> Self {
+        Self {
+            limits,
+            scheduler: Scheduler::new(limits),
+            cache: vec![Vec::new(); limits.n_seq_max as usize],
+            owners: vec![None; limits.n_seq_max as usize],
+            live: BTreeMap::new(),
+            queue: VecDeque::new(),
+            step: Step::default(),
+            cannot_cut: false,
+            cannot_copy: false,
+            us_per_row: 100,
+            tick: 0,
+            line: String::new(),
+            trace: String::new(),
+        }
+    }
+
+    pub(super) fn run(&mut self, scripts: &[Script], faults: &BTreeMap<usize, Fault>) {
+        let last = scripts.iter().map(|script| script.at_tick).max().unwrap_or(0);
+        let work: usize = scripts.iter().map(|script| script.n as usize * script.n_cells() + 1).sum();
+        // A request that was cut off from its prefix or copy computes its prompt once more, hence twice.
+        let deadline = last + 2 * work;
+        while self.tick <= last || !self.scheduler.is_idle() {
+            assert!(self.tick <= deadline, "somebody starves: {:?} at tick {}", self.live, self.tick);
+            let tick = self.tick;
+            scripts.iter().filter(|script| script.at_tick == tick).for_each(|script| self.submit(script.clone()));
+            scripts.iter().filter(|script| script.cancelled_at == Some(tick)).for_each(|script| self.cancel(script.id));
+            self.turn(faults.get(&tick).copied());
+            self.check_books();
+            if !self.line.is_empty() {
+                self.trace += &["tick ", &tick.to_string(), &std::mem::take(&mut self.line), "\n"].concat();
+            }
+            self.tick += 1;
+        }
+        assert!(self.live.is_empty(), "{:?} never ended", self.live);
+        assert_eq!(self.scheduler.queued(), (0, 0));
+        assert_eq!(self.scheduler.cells().0, 0, "cells are in use and nobody runs");
+    }
+
+    fn note(&mut self, what: &str) {
+        self.line += " | ";
+        self.line += what;
+    }
+
+    fn name(&self, seq: SeqId) -> String {
+        let id = self.owners[seq as usize].expect("the sequence has an owner");
+        let live = &self.live[&id];
+        let name = letter(id);
+        if live.script.n == 1 { name } else { format!("{name}.{}", live.choice(seq)) }
+    }
+
+    fn submit(&mut self, script: Script) {
+        self.scheduler.enqueue(script.job());
+        self.queue.push_back(script.id);
+        let n_generated = vec![0; script.n as usize];
+        self.live.insert(script.id, Live { script, seqs: Vec::new(), n_generated });
+    }
+
+    fn cancel(&mut self, id: RequestId) {
+        if !self.live.contains_key(&id) {
+            return; // it was done already
+        }
+        self.note(&format!("{} is cancelled", letter(id)));
+        if self.scheduler.remove_waiting(id) {
+            self.queue.retain(|&waiting| waiting != id);
+            self.live.remove(&id);
+        } else {
+            self.end(id);
+        }
+    }
+
+    /// Gives back what a running request still has.
+    fn end(&mut self, id: RequestId) {
+        let Some(live) = self.live.remove(&id) else { return };
+        for (choice, &seq) in live.seqs.iter().enumerate() {
+            if live.runs(choice as u32) {
+                self.release(seq);
+            }
+        }
+    }
+
+    fn release(&mut self, seq: SeqId) {
+        self.scheduler.release(seq);
+        self.owners[seq as usize] = None;
+    }
+
+    fn turn(&mut self, fault: Option<Fault>) {
+        self.admit();
+        let mut step = std::mem::take(&mut self.step);
+        self.scheduler.step(&mut step);
+        self.check_step(&step);
+        self.note_rows(&step);
+        match fault.filter(|_| !step.rows.is_empty()) {
+            None => {
+                for row in &step.rows {
+                    self.cache[row.seq as usize].push(row.token);
+                }
+                let step_us = 1000 + self.us_per_row * step.rows.len() as u64;
+                self.scheduler.computed(&step, step_us);
+                self.sample(&step);
+            }
+            Some(fault) => self.step_failed(&step, fault),
+        }
+        self.step = step;
+    }
+
+    fn admit(&mut self) {
+        while let Some(admission) = self.scheduler.admit() {
+            let id = admission.id;
+            assert_eq!(self.queue.pop_front(), Some(id), "{} overtook", letter(id));
+            for &seq in &admission.seqs {
+                assert_eq!(self.owners[seq as usize].replace(id), None, "sequence {seq} has an owner");
+            }
+            let live = self.live.get_mut(&id).expect("it waited");
+            assert_eq!(admission.seqs.len(), live.script.n as usize);
+            let (prompt, n_cached) = (live.script.prompt.clone(), admission.n_cached as usize);
+            live.seqs.clone_from(&admission.seqs);
+            let first = admission.seqs[0];
+            assert!(n_cached < prompt.len(), "the last token has to be computed");
+            assert_eq!(
+                self.cache[first as usize].get(..n_cached),
+                prompt.get(..n_cached),
+                "the prefix is somebody else's"
+            );
+            if n_cached > 0 {
+                self.note(&format!("{} reuses {n_cached}", letter(id)));
+            }
+            for CacheOp::Keep { seq, n_tokens } in admission.ops {
+                if !admission.seqs.contains(&seq) {
+                    self.note(&format!("evicts {}", self.cache[seq as usize].len()));
+                }
+                if !self.truncate(seq, n_tokens) && n_tokens > 0 {
+                    self.scheduler.forget_prefix(seq);
+                }
+            }
+        }
+    }
+
+    fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
+        let tokens = &mut self.cache[seq as usize];
+        let cut = !self.cannot_cut || n_tokens == 0 || n_tokens as usize == tokens.len();
+        tokens.truncate(if cut { n_tokens as usize } else { 0 });
+        cut
+    }
+
+    fn sample(&mut self, step: &Step) {
+        for output in &step.outputs {
+            for fork in self.scheduler.forks(output.seq) {
+                let source = self.cache[output.seq as usize].clone();
+                assert_eq!(source.len() as u32, step.rows[output.row].pos + 1);
+                if self.cannot_copy {
+                    self.cache[fork as usize].clear();
+                    self.scheduler.fork_failed(fork);
+                } else {
+                    self.note(&format!("{} copies {}", self.name(fork), self.name(output.seq)));
+                    self.cache[fork as usize] = source;
+                    self.sampled(fork);
+                }
+            }
+            self.sampled(output.seq);
+        }
+    }
+
+    fn sampled(&mut self, seq: SeqId) {
+        let Some(id) = self.owners[seq as usize] else { return };
+        let live = self.live.get_mut(&id).expect("an owner is live");
+        let choice = live.choice(seq);
+        let at = live.n_generated[choice as usize] as usize;
+        live.n_generated[choice as usize] += 1;
+        if live.runs(choice) {
+            let token = live.script.token(choice, live.script.prompt.len() + at);
+            return self.scheduler.sampled(seq, token);
+        }
+        let all_done = (0..live.script.n).all(|choice| !live.runs(choice));
+        self.release(seq);
+        if all_done {
+            self.live.remove(&id);
+        }
+    }
+
+    fn step_failed(&mut self, step: &Step, fault: Fault) {
+        if fault == Fault::HalfWritten {
+            for row in &step.rows {
+                self.scheduler.discard(row.seq);
+                self.cache[row.seq as usize].clear();
+            }
+        }
+        for row in &step.rows {
+            if let Some(id) = self.owners[row.seq as usize] {
+                self.note(&format!("{} fails", letter(id)));
+                self.end(id);
+            }
+        }
+    }
+
+    fn note_rows(&mut self, step: &Step) {
+        let n_decode = step.rows.len() - step.n_prefill;
+        for row in &step.rows[..n_decode] {
+            self.note(&format!("{} decode", self.name(row.seq)));
+        }
+        for chunk in step.rows[n_decode..].chunk_by(|a, b| a.seq == b.seq) {
+            let (from, to) = (chunk[0].pos, chunk[0].pos + chunk.len() as u32);
+            self.note(&format!("{} prefill {from}..{to}", self.name(chunk[0].seq)));
+        }
+    }
+
+    /// Every row extends what its sequence holds by the next token of its owner, and nobody who can decode is left out.
+    fn check_step(&self, step: &Step) {
+        assert!(step.rows.len() <= self.limits.n_batch as usize, "a step of {} rows", step.rows.len());
+        assert!(!step.rows.is_empty() || self.owners.iter().all(Option::is_none), "a step without anything to do");
+        let mut lengths: Vec<usize> = self.cache.iter().map(Vec::len).collect();
+        for row in &step.rows {
+            let id = self.owners[row.seq as usize].expect("a row belongs to somebody");
+            let live = &self.live[&id];
+            let length = &mut lengths[row.seq as usize];
+            assert_eq!(row.pos as usize, *length, "sequence {} has a gap", row.seq);
+            assert_eq!(row.token, live.script.token(live.choice(row.seq), *length), "a token of somebody else");
+            *length += 1;
+            assert_eq!(row.output, *length >= live.script.prompt.len(), "scores are asked for where a token follows");
+        }
+        let asked: Vec<_> = step.outputs.iter().map(|output| (output.row, output.seq)).collect();
+        let rows = step.rows.iter().enumerate();
+        assert_eq!(asked, rows.filter(|(_, row)| row.output).map(|(i, row)| (i, row.seq)).collect::<Vec<_>>());
+        let n_decode = step.rows.len() - step.n_prefill;
+        let ready = self
+            .live
+            .values()
+            .flat_map(|live| live.seqs.iter().zip(&live.n_generated).zip(0..).map(move |t| (live, t)));
+        let n_ready = ready.filter(|(live, ((_, n), choice))| **n > 0 && live.runs(*choice)).count();
+        assert_eq!(n_decode, n_ready.min(self.limits.n_batch as usize), "a sequence that could decode did not");
+    }
+
+    /// The scheduler believes what the cache holds, and what it promised can be kept.
+    fn check_books(&self) {
+        let (mut used, mut cached, mut promised) = (0, 0, 0);
+        for (seq, (tokens, owner)) in self.cache.iter().zip(&self.owners).enumerate() {
+            assert!(tokens.len() <= self.limits.n_cells_per_seq as usize);
+            let Some(id) = owner else {
+                cached += tokens.len() as u64;
+                continue;
+            };
+            used += tokens.len() as u64;
+            let live = &self.live[id];
+            promised += live.script.n_cells();
+            let choice = live.choice(seq as SeqId);
+            let history = (0..tokens.len()).map(|place| live.script.token(choice, place));
+            assert!(tokens.iter().copied().eq(history), "sequence {seq} holds tokens of somebody else");
+        }
+        assert_eq!(self.scheduler.cells(), (used, cached));
+        assert!(used + cached <= u64::from(self.limits.n_cells), "more cells than there are");
+        assert!(promised <= self.limits.n_cells as usize, "more cells are promised than there are");
+        let mut running: Vec<_> = self.scheduler.running().collect();
+        running.sort_unstable();
+        let owned = (0..self.limits.n_seq_max).filter(|&seq| self.owners[seq as usize].is_some());
+        assert!(running.iter().copied().eq(owned));
+    }
+}
+
+fn letter(id: RequestId) -> String {
+    u8::try_from(id).map_or_else(|_| id.to_string(), |byte| char::from(byte).to_string())
+}
