@@ -10,8 +10,8 @@ using backend_ptr = std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)>;
 using buffer_ptr  = std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)>;
 using context_ptr = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
 
-// For a few tensors and a graph; their data is allocated elsewhere.
-inline context_ptr mnv_new_context() {
-    const size_t size = 16 * ggml_tensor_overhead() + ggml_graph_overhead();
+// For so many tensors and a graph; the tensors' data is allocated elsewhere.
+inline context_ptr mnv_new_context(size_t n_tensors) {
+    const size_t size = n_tensors * ggml_tensor_overhead() + ggml_graph_overhead();
     return context_ptr(ggml_init({ size, nullptr, /* no_alloc = */ true }), ggml_free);
 }

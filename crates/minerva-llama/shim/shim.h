@@ -93,14 +93,16 @@ int  mnv_trial_new(ggml_backend_dev_t device, bool repacked, struct mnv_trial **
 int  mnv_trial_run(struct mnv_trial * trial, double * distance, struct mnv_error * error);
 void mnv_trial_free(struct mnv_trial * trial);
 
-// What a device does in a step of one token. `n_threads` counts where the device is the CPU.
+// What a device does in a step of one token.
 struct mnv_speed {
     double bytes_per_second;   // of quantised weights that a matrix-vector product reads
-    double round_trip_seconds; // a vector there, something small computed, a vector back
+    double round_trip_seconds; // what it takes beyond the reading to go from the host to the device and back
 };
 
-// Takes 64 MiB of the device's memory meanwhile, and about a tenth of a second. MNV_NULL when it does not compute such products.
-int mnv_speed_measure(ggml_backend_dev_t device, int n_threads, struct mnv_speed * out, struct mnv_error * error);
+// `host` is the CPU, with so many threads; null where the device is the CPU, to which there is no way. Takes 64 MiB of the memory
+// of each meanwhile, and a few tenths of a second. MNV_NULL when one of them does not compute such products.
+int mnv_speed_measure(ggml_backend_dev_t device, ggml_backend_dev_t host, int n_threads, struct mnv_speed * out,
+                      struct mnv_error * error);
 
 void mnv_string_free(char * string);
 

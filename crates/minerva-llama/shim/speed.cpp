@@ -1,4 +1,4 @@
-// How fast a device reads weights, and how long a vector takes to it and back (src/speed.rs).
+// How fast a device reads weights, and what it costs to alternate between it and the host (src/speed.rs).
 
 #include "guard.h"
 #include "owned.h"
@@ -13,8 +13,12 @@ namespace {
 constexpr int64_t COLUMNS      = 4096;
 constexpr size_t  WEIGHT_BYTES = 64u << 20;
 
+// Parts that are read in turns, each with as many operations behind it as a layer has: over RPC the graph itself travels.
+constexpr int PARTS = 8;
+constexpr int NODES = 24;
+
 // The best run counts, since others use the machine and the network too.
-constexpr int    RUNS         = 32;
+constexpr int    RUNS         = 16;
 constexpr double MOST_SECONDS = 0.1;
 
 double seconds_now() {
@@ -36,64 +40,112 @@ template <typename Run> double least_seconds(Run run) {
     return least;
 }
 
-void set_threads(ggml_backend_dev_t device, ggml_backend_t backend, int n_threads) {
-    ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(device);
-    auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(
-        ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads"));
-    if (set) {
-        set(backend, n_threads);
+// Weights on one device, and the products with them: the whole, and its parts.
+class side {
+  public:
+    // Null, with the reason in `problem`, when the device cannot do it.
+    static std::unique_ptr<side> make(ggml_backend_dev_t device, int n_threads, const char ** problem) {
+        auto made = std::make_unique<side>();
+        made->backend.reset(ggml_backend_dev_init(device, nullptr));
+        if (!made->backend) {
+            *problem = "the backend cannot be initialised";
+            return nullptr;
+        }
+        auto set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(
+            ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads"));
+        if (set_n_threads) {
+            set_n_threads(made->backend.get(), n_threads);
+        }
+        made->describe();
+        if (!ggml_backend_dev_supports_op(device, made->whole) || !ggml_backend_dev_supports_op(device, made->parts[0])) {
+            *problem = "the device does not compute matrix products";
+            return nullptr;
+        }
+        made->buffer.reset(ggml_backend_alloc_ctx_tensors(made->owner.get(), made->backend.get()));
+        if (!made->buffer) {
+            *problem = "64 MiB of its memory cannot be allocated";
+            return nullptr;
+        }
+        // Pages that nobody wrote are one page. As numbers, these bytes are small and finite.
+        ggml_backend_buffer_clear(made->buffer.get(), 0x11);
+        return made;
     }
+
+    // The hidden state goes there, a product is computed, and so many of its bytes come back.
+    void step(ggml_tensor * product, size_t result_bytes) {
+        context_ptr   graph_owner = mnv_new_context(0);
+        ggml_cgraph * graph       = ggml_new_graph(graph_owner.get());
+        ggml_build_forward_expand(graph, product);
+        ggml_backend_tensor_set(state, input.data(), 0, ggml_nbytes(state));
+        const ggml_status now = ggml_backend_graph_compute(backend.get(), graph);
+        status                = status == GGML_STATUS_SUCCESS ? now : status;
+        ggml_backend_tensor_get(product, output.data(), 0, result_bytes);
+    }
+
+    double whole_seconds() {
+        return least_seconds([this] { step(whole, sizeof(float)); });
+    }
+
+    ggml_tensor *              whole = nullptr;
+    std::vector<ggml_tensor *> parts;
+    ggml_status                status = GGML_STATUS_SUCCESS;
+
+  private:
+    void describe() {
+        owner                  = mnv_new_context(PARTS * (NODES + 2) + 4);
+        ggml_context * context = owner.get();
+        const int64_t  rows    = static_cast<int64_t>(WEIGHT_BYTES / ggml_row_size(GGML_TYPE_Q4_0, COLUMNS)) / PARTS * PARTS;
+        ggml_tensor *  weights = ggml_new_tensor_2d(context, GGML_TYPE_Q4_0, COLUMNS, rows);
+        state                  = ggml_new_tensor_1d(context, GGML_TYPE_F32, COLUMNS);
+        whole                  = ggml_mul_mat(context, weights, state);
+        for (int part = 0; part < PARTS; part++) {
+            const size_t  offset = part * (rows / PARTS) * weights->nb[1];
+            ggml_tensor * view   = ggml_view_2d(context, weights, COLUMNS, rows / PARTS, weights->nb[1], offset);
+            ggml_tensor * result = ggml_mul_mat(context, view, state);
+            for (int node = 0; node < NODES; node++) {
+                result = ggml_scale(context, result, 1.0f);
+            }
+            parts.push_back(result);
+        }
+        output.resize(rows);
+    }
+
+    // Fields go in reverse order: buffers before the backend.
+    backend_ptr        backend{ nullptr, ggml_backend_free };
+    context_ptr        owner{ nullptr, ggml_free };
+    buffer_ptr         buffer{ nullptr, ggml_backend_buffer_free };
+    ggml_tensor *      state = nullptr;
+    std::vector<float> input = std::vector<float>(COLUMNS, 0.5f);
+    std::vector<float> output;
+};
+
+// One after the other on each part; what that takes beyond the reading.
+double alternation_seconds(side & device, side & host, double whole_seconds, double host_whole_seconds) {
+    const double both = least_seconds([&] {
+        for (int part = 0; part < PARTS; part++) {
+            for (side * now : { &device, &host }) {
+                now->step(now->parts[part], COLUMNS / 2 * sizeof(float));
+            }
+        }
+    });
+    return std::max(both - whole_seconds - host_whole_seconds, 0.0) / PARTS;
 }
 
 } // namespace
 
-int mnv_speed_measure(ggml_backend_dev_t device, int n_threads, mnv_speed * out, mnv_error * error) {
+int mnv_speed_measure(ggml_backend_dev_t device, ggml_backend_dev_t host, int n_threads, mnv_speed * out, mnv_error * error) {
     return mnv_guard(error, [&] {
-        backend_ptr backend(ggml_backend_dev_init(device, nullptr), ggml_backend_free);
-        if (!backend) {
-            mnv_set_error(error, "the backend cannot be initialised");
+        const char * problem = nullptr;
+        const auto   far     = side::make(device, n_threads, &problem);
+        const auto   near    = far && host ? side::make(host, n_threads, &problem) : nullptr;
+        if (problem) {
+            mnv_set_error(error, problem);
             return MNV_NULL;
         }
-        set_threads(device, backend.get(), n_threads);
-
-        context_ptr    owner   = mnv_new_context();
-        ggml_context * context = owner.get();
-        const int64_t  rows    = static_cast<int64_t>(WEIGHT_BYTES / ggml_row_size(GGML_TYPE_Q4_0, COLUMNS));
-        ggml_tensor *  weights = ggml_new_tensor_2d(context, GGML_TYPE_Q4_0, COLUMNS, rows);
-        ggml_tensor *  state   = ggml_new_tensor_1d(context, GGML_TYPE_F32, COLUMNS);
-        ggml_tensor *  product = ggml_mul_mat(context, weights, state);
-        ggml_tensor *  small   = ggml_scale(context, state, 2.0f);
-        if (!ggml_backend_dev_supports_op(device, product) || !ggml_backend_dev_supports_op(device, small)) {
-            mnv_set_error(error, "the device does not compute matrix products");
-            return MNV_NULL;
-        }
-        buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(context, backend.get()), ggml_backend_buffer_free);
-        if (!buffer) {
-            mnv_set_error(error, "64 MiB of its memory cannot be allocated");
-            return MNV_NULL;
-        }
-        // Pages that nobody wrote are one page. As numbers, these bytes are small and finite.
-        ggml_backend_buffer_clear(buffer.get(), 0x11);
-
-        const std::vector<float> input(COLUMNS, 0.5f);
-        std::vector<float>       output(COLUMNS);
-        ggml_status              status = GGML_STATUS_SUCCESS;
-        const auto trip = [&](ggml_tensor * result, size_t result_bytes) {
-            context_ptr   graph_owner = mnv_new_context();
-            ggml_cgraph * graph       = ggml_new_graph_custom(graph_owner.get(), 16, false);
-            ggml_build_forward_expand(graph, result);
-            return least_seconds([&, graph] {
-                ggml_backend_tensor_set(state, input.data(), 0, ggml_nbytes(state));
-                const ggml_status now = ggml_backend_graph_compute(backend.get(), graph);
-                status                = status == GGML_STATUS_SUCCESS ? now : status;
-                ggml_backend_tensor_get(result, output.data(), 0, result_bytes);
-            });
-        };
-        out->round_trip_seconds = trip(small, ggml_nbytes(small));
-        // On a busy machine the two are not from the same moment.
-        const double with_trip       = trip(product, sizeof(float));
-        const double product_seconds = std::max(with_trip - out->round_trip_seconds, with_trip / 2);
-        out->bytes_per_second        = static_cast<double>(ggml_nbytes(weights)) / std::max(product_seconds, 1e-9);
+        const double whole_seconds  = far->whole_seconds();
+        out->bytes_per_second       = static_cast<double>(WEIGHT_BYTES) / std::max(whole_seconds, 1e-9);
+        out->round_trip_seconds     = near ? alternation_seconds(*far, *near, whole_seconds, near->whole_seconds()) : 0.0;
+        const ggml_status status = far->status != GGML_STATUS_SUCCESS || !near ? far->status : near->status;
         if (status != GGML_STATUS_SUCCESS) {
             mnv_set_error(error, ggml_status_to_string(status));
             return MNV_NULL;

@@ -95,8 +95,8 @@ int mnv_trial_new(ggml_backend_dev_t device, bool repacked, mnv_trial ** out, mn
             mnv_set_error(error, "the backend cannot be initialised");
             return MNV_NULL;
         }
-        trial->weights_context = mnv_new_context();
-        trial->context         = mnv_new_context();
+        trial->weights_context = mnv_new_context(8);
+        trial->context         = mnv_new_context(8);
         ggml_context * context = trial->context.get();
 
         ggml_tensor * weights = ggml_new_tensor_2d(trial->weights_context.get(), GGML_TYPE_Q4_0, COLUMNS, ROWS);

@@ -166,6 +166,7 @@ unsafe extern "C" {
     pub fn mnv_trial_free(trial: *mut mnv_trial);
     pub fn mnv_speed_measure(
         device: ggml_backend_dev_t,
+        host: ggml_backend_dev_t,
         n_threads: c_int,
         out: *mut mnv_speed,
         error: *mut mnv_error,

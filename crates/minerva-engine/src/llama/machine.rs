@@ -6,10 +6,11 @@ use minerva_gpu::plan::{PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_no
 use minerva_gpu::{
     BuildBackends, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate, MemoryKind,
 };
-use minerva_llama::{Device, DeviceKind, DeviceSpeed};
+use minerva_llama::{Device, DeviceKind};
 
 use super::claims::{Owner, claimed};
 use super::overhead;
+use super::speeds::measured;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
 
@@ -41,7 +42,7 @@ impl Machine {
         let mut machine = Self { gpu, planned, llama_indices: Vec::new(), addresses: Vec::new() };
         machine.add_local_devices(config.device)?;
         for device in minerva_llama::devices().iter().filter(|device| rpc.contains(&device.index)) {
-            machine.add_rpc_device(device);
+            machine.add_rpc_device(device, n_threads(config, &machine.gpu));
         }
         if !machine.planned.devices.is_empty() {
             machine.measure_host(config); // what is better left on it depends on how slow it is
@@ -54,7 +55,7 @@ impl Machine {
         let cpu = minerva_llama::devices().into_iter().find(|device| device.kind == DeviceKind::Cpu);
         let n_threads = n_threads(config, &self.gpu);
         if let Some(speed) = cpu.and_then(|cpu| measured(&cpu, n_threads)) {
-            self.planned.host.bandwidth = speed.bytes_per_second;
+            self.planned.host.bandwidth = speed.bandwidth;
         }
     }
 
@@ -96,12 +97,11 @@ impl Machine {
     }
 
     /// The size that llama.cpp reports is already cut down to the limit of the server's entry.
-    fn add_rpc_device(&mut self, device: &Device) {
+    fn add_rpc_device(&mut self, device: &Device, n_threads: u32) {
         let empty = PlanDevice::empty(device.name.clone(), PlanDeviceKind::Rpc, device.total_bytes);
         let mut planned = PlanDevice { free_bytes: device.free_bytes, ..empty };
-        if let Some(speed) = measured(device, 0) {
-            planned.bandwidth = speed.bytes_per_second;
-            planned.crossing_ns = u64::try_from(speed.round_trip.as_nanos() / 2).unwrap_or(u64::MAX);
+        if let Some(speed) = measured(device, n_threads) {
+            (planned.bandwidth, planned.crossing_ns) = (speed.bandwidth, speed.crossing_ns);
         }
         self.add(planned, device.index, Some(device.description.clone()));
     }
@@ -111,20 +111,6 @@ impl Machine {
         self.planned.devices.push(PlanDevice { taken_bytes, ..device });
         self.llama_indices.push(llama_index);
         self.addresses.push(address);
-    }
-}
-
-/// What a device does; `None` leaves the usual figures of its kind.
-fn measured(device: &Device, n_threads: u32) -> Option<DeviceSpeed> {
-    match minerva_llama::device_speed(device.index, n_threads) {
-        Ok(speed) => {
-            tracing::debug!(device = device.name, ?speed, "measured");
-            Some(speed)
-        }
-        Err(problem) => {
-            tracing::debug!(device = device.name, %problem, "not measured");
-            None
-        }
     }
 }
 

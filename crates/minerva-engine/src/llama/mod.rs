@@ -6,6 +6,8 @@ mod ladder;
 mod machine;
 mod overhead;
 mod placement;
+mod remembered;
+mod speeds;
 mod tokenizer;
 
 use std::ops::ControlFlow;

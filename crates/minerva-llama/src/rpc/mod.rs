@@ -5,6 +5,7 @@
 //! trusts its client: docs/rpc.md has the limits. Start with [`add_rpc_server`]; [`relay`] says why a server that goes
 //! away does not take this process along.
 
+mod graph;
 mod protocol;
 mod relay;
 mod worker;

@@ -21,6 +21,7 @@ pub(super) const FREE_BUFFER: u8 = 4;
 pub(super) const SET_TENSOR_HASH: u8 = 7;
 pub(super) const GET_TENSOR: u8 = 8;
 pub(super) const COPY_TENSOR: u8 = 9;
+pub(super) const GRAPH_COMPUTE: u8 = 10;
 pub(super) const GET_DEVICE_MEMORY: u8 = 11;
 pub(super) const GET_ALLOC_SIZE: u8 = 13;
 pub(super) const HELLO: u8 = 14;

@@ -15,6 +15,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::graph;
 use super::protocol::{self, HEAD_BYTES, Reply};
 
 /// Bytes that go on in one piece.
@@ -93,13 +94,20 @@ impl Relay {
                 let mut payload = Vec::new();
                 requests.by_ref().take(n_bytes).read_to_end(&mut payload)?;
                 self.short(command, &payload, &mut client)?;
+            } else if command == protocol::GRAPH_COMPUTE {
+                let mut graph = Vec::new();
+                if requests.by_ref().take(n_bytes).read_to_end(&mut graph)? as u64 != n_bytes {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                let request = protocol::request(command, &graph::without_history(graph));
+                self.on_server(|server| server.write_all(&request));
             } else {
                 self.forward(head, n_bytes, &mut requests)?;
             }
         }
     }
 
-    /// A request without a reply, of any length: tensors and graphs.
+    /// A request without a reply, of any length: tensors.
     fn forward(&mut self, head: [u8; HEAD_BYTES], n_bytes: u64, requests: &mut impl Read) -> io::Result<()> {
         let mut chunk = head.to_vec();
         let mut left = n_bytes;
