@@ -28,7 +28,7 @@ pub struct Args {
     /// Fewer rounds, points and cycles
     #[arg(long)]
     pub(super) quick: bool,
-    /// Rounds of the speed part, both sides in each [default: 11, with --quick 3, for a baseline 25]
+    /// Rounds of the speed part, both sides in each [default: 11, with --quick 3, for a baseline 25], and of the experts part [2, 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(super) rounds: Option<u32>,
     /// Compute threads [default: as the engine]

@@ -58,6 +58,7 @@ pub(super) fn measure(
     let whole = EngineConfig { n_expert_layers_on_host: Some(0), fallback_to_cpu: false, ..config.clone() };
     let needed_bytes = place.beside(&whole, 0.0, programs)?.plan().device_bytes;
     let (prompt_tokens, generate_tokens, n_rounds) = if args.quick { (16, 16, 1) } else { (CONTEXT_TOKENS / 4, 32, 2) };
+    let n_rounds = args.rounds.unwrap_or(n_rounds);
     let workload = Workload { n_seq: 1, prompt_tokens, generate_tokens };
     let mut experts = Experts { place: place.clone(), needed_bytes, points: Vec::new() };
     for percent in SHARES {

@@ -93,9 +93,9 @@ impl Generation {
         self.started = Some(now);
     }
 
-    /// The prefix that was to be reused had to be computed after all.
-    pub(crate) fn nothing_cached(&mut self) {
-        self.n_cached = 0;
+    /// So many tokens of the prompt came from a copy, or had to be computed after all.
+    pub(crate) fn set_cached(&mut self, n_tokens: u32) {
+        self.n_cached = n_tokens;
     }
 
     pub(crate) fn n_prompt(&self) -> usize {

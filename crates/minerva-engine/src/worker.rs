@@ -10,7 +10,7 @@ use std::time::Instant;
 use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
-use crate::scheduler::{Admission, CacheOp, Job, RequestId, Scheduler, Step};
+use crate::scheduler::{Admission, CacheOp, Copy, Job, RequestId, Scheduler, Step};
 use crate::shared::Shared;
 
 /// What other threads ask of the engine thread.
@@ -127,9 +127,11 @@ impl Worker {
     /// One turn: admit, compute, sample.
     fn turn(&mut self) {
         let began = Instant::now();
+        self.copy_prefixes();
         while let Some(admission) = self.scheduler.admit() {
             self.seat(admission, began);
         }
+        self.copy_prefixes();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
         let mut backend_us = 0;
@@ -176,12 +178,29 @@ impl Worker {
                 // This kind of memory cannot be cut there. The sequence is empty now.
                 self.scheduler.forget_prefix(seq);
                 if let Some(generation) = self.generations.get_mut(&id).filter(|_| Some(seq) == first) {
-                    generation.nothing_cached();
+                    generation.set_cached(0);
                 }
             }
         }
         let n_cached = self.generations.get(&id).map_or(0, Generation::n_cached);
         self.shared.count_cached(u64::from(n_cached));
+    }
+
+    fn copy_prefixes(&mut self) {
+        let mut is_there = true;
+        for Copy { src, dst, n_tokens } in self.scheduler.copies() {
+            // One that failed may be the source of the next.
+            is_there = is_there && self.backend.copy(src, dst, n_tokens);
+            if !is_there {
+                self.scheduler.copy_failed(dst);
+                continue;
+            }
+            let owner = self.owners[dst as usize];
+            if let Some(generation) = owner.and_then(|id| self.generations.get_mut(&id)) {
+                generation.set_cached(n_tokens);
+            }
+            self.shared.count_cached(u64::from(n_tokens));
+        }
     }
 
     fn sample(&mut self, step: &Step, now: Instant) {

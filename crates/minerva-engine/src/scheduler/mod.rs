@@ -9,6 +9,7 @@
 //! - A sequence belongs to one request from admission until [`Scheduler::release`], and then keeps its tokens for reuse.
 //! - The cells that running sequences may still need never exceed the cells there are: "no room" cannot happen to an
 //!   admitted request.
+//! - A prefix that several prompts share is computed once: who comes later waits for it and gets a copy.
 //! - A step never holds more rows than the backend takes, and a sequence's rows are in order and without gaps.
 
 mod budget;
@@ -38,7 +39,7 @@ pub struct Job {
     pub n: u32,
     /// The most tokens of each continuation; prompt and continuation fit in one sequence.
     pub max_tokens: u32,
-    /// Whether cells of earlier requests may be reused.
+    /// Whether cells of other requests may be reused.
     pub reuse: bool,
 }
 
@@ -52,6 +53,18 @@ pub enum CacheOp {
         /// Tokens to keep.
         n_tokens: u32,
     },
+}
+
+/// A prefix that one sequence gets from another before the next step. When the backend cannot, call
+/// [`Scheduler::copy_failed`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copy {
+    /// The sequence that holds it.
+    pub src: SeqId,
+    /// The sequence that is to hold it, and nothing else.
+    pub dst: SeqId,
+    /// Tokens of it.
+    pub n_tokens: u32,
 }
 
 /// A request that got its sequences.
@@ -162,6 +175,17 @@ impl Scheduler {
     /// The backend could not keep a sequence's prefix: its whole prompt is computed.
     pub fn forget_prefix(&mut self, seq: SeqId) {
         self.seats.forget_prefix(seq);
+    }
+
+    /// Prefixes of admitted prompts that another sequence has computed for them. Call before and after admitting: a source that
+    /// is done may lose its seat, and one that was done already needs no wait.
+    pub fn copies(&mut self) -> Vec<Copy> {
+        self.seats.copies()
+    }
+
+    /// The backend could not copy: the sequence computes its prompt itself.
+    pub fn copy_failed(&mut self, seq: SeqId) {
+        self.seats.copy_failed(seq);
     }
 
     /// Fills `step` with the next tokens to compute; it stays empty when nothing runs.

@@ -1,5 +1,9 @@
 //! The sequences of the cache: who sits where, what each one holds, and how many cells are promised.
 
+mod sharing;
+
+use sharing::Source;
+
 use super::{Admission, CacheOp, Job, RequestId};
 use crate::backend::{BackendLimits, Row, SeqId};
 use crate::request::TokenId;
@@ -16,6 +20,8 @@ pub(super) struct Seat {
     /// Seats of the same request that wait for this one's prompt.
     forks: Vec<SeqId>,
     waits_for_fork: bool,
+    /// Another seat that computes the beginning of this one's prompt.
+    source: Option<Source>,
     /// Order of admission, and of release for seats that are free.
     stamp: u64,
 }
@@ -33,15 +39,16 @@ impl Seat {
         &self.tokens[self.n_cells..self.n_prompt]
     }
 
+    fn is_waiting(&self) -> bool {
+        self.waits_for_fork || self.source.is_some()
+    }
+
     fn is_prefilling(&self) -> bool {
-        self.owner.is_some() && !self.waits_for_fork && self.n_cells < self.n_prompt
+        self.owner.is_some() && !self.is_waiting() && self.n_cells < self.n_prompt
     }
 
     fn is_decoding(&self) -> bool {
-        self.owner.is_some()
-            && !self.waits_for_fork
-            && self.n_cells >= self.n_prompt
-            && self.tokens.len() > self.n_cells
+        self.owner.is_some() && !self.is_waiting() && self.n_cells >= self.n_prompt && self.tokens.len() > self.n_cells
     }
 
     fn clear(&mut self) {
@@ -58,12 +65,14 @@ pub(super) struct Seats {
     order: Vec<SeqId>,
     limits: BackendLimits,
     stamp: u64,
+    /// No copy has failed yet.
+    can_copy: bool,
 }
 
 impl Seats {
     pub(super) fn new(limits: BackendLimits) -> Self {
         let all = (0..limits.n_seq_max).map(|_| Seat::default()).collect();
-        Self { all, order: Vec::new(), limits, stamp: 0 }
+        Self { all, order: Vec::new(), limits, stamp: 0, can_copy: true }
     }
 
     fn at(&mut self, seq: SeqId) -> &mut Seat {
@@ -110,13 +119,20 @@ impl Seats {
         !self.limits.unified || promised + Self::need(job) * job.n as usize <= self.limits.n_cells as usize
     }
 
-    /// Gives `job` its seats: the one that shares most of the prompt for the first choice, then those unused for longest.
+    /// Gives `job` its seats: for the first choice the free one that shares most of the prompt, or any beside another one that shares
+    /// more; then those unused for longest.
     pub(super) fn seat(&mut self, job: &Job) -> Admission {
-        let first = self.best_free(job);
-        let n_cached = if job.reuse { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
+        let mut first = self.best_free(job);
+        let mut n_cached = if job.reuse { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
+        let source = if job.reuse { self.better_source(&job.prompt, first, n_cached) } else { None };
+        if let Some(source) = source {
+            first = self.free_beside(source).unwrap_or(first);
+            n_cached = 0;
+        }
         let mut seqs = vec![first];
         let mut ops = Vec::new();
         self.occupy(first, job, n_cached, &mut ops);
+        self.at(first).source = source;
         for _ in 1..job.n {
             let Some(seq) = self.longest_unused() else { break };
             self.occupy(seq, job, 0, &mut ops);
@@ -144,6 +160,7 @@ impl Seats {
         seat.reserved = Self::need(job);
         seat.forks.clear();
         seat.waits_for_fork = false;
+        seat.source = None;
         seat.stamp = stamp;
         self.order.push(seq);
     }
@@ -161,7 +178,7 @@ impl Seats {
             }
             let oldest = (0..self.limits.n_seq_max)
                 .filter(|&seq| self.all[seq as usize].owner.is_none() && self.all[seq as usize].n_cells > 0)
-                .min_by_key(|&seq| self.all[seq as usize].stamp);
+                .min_by_key(|&seq| (self.is_source(seq), self.all[seq as usize].stamp));
             let Some(seq) = oldest else { return };
             self.at(seq).clear();
             ops.push(CacheOp::Keep { seq, n_tokens: 0 });
@@ -180,8 +197,12 @@ impl Seats {
     }
 
     fn longest_unused(&self) -> Option<SeqId> {
+        self.longest_unused_but(None)
+    }
+
+    fn longest_unused_but(&self, other: Option<SeqId>) -> Option<SeqId> {
         (0..self.limits.n_seq_max)
-            .filter(|&seq| self.all[seq as usize].owner.is_none())
+            .filter(|&seq| self.all[seq as usize].owner.is_none() && Some(seq) != other)
             .min_by_key(|&seq| self.all[seq as usize].stamp)
     }
 
@@ -189,6 +210,7 @@ impl Seats {
         let seat = self.at(seq);
         seat.n_cells = 0;
         seat.waits_for_fork = false;
+        seat.source = None;
     }
 
     pub(super) fn computed(&mut self, row: &Row) {
@@ -220,6 +242,7 @@ impl Seats {
         seat.tokens.truncate(seat.n_cells); // a last token that was sampled but never computed is not in the cache
         seat.reserved = 0;
         seat.waits_for_fork = false;
+        seat.source = None;
         seat.stamp = stamp;
         // Whoever waited for this prompt has to compute it: the first of them, the rest wait on.
         let mut forks = std::mem::take(&mut seat.forks).into_iter();
@@ -243,7 +266,10 @@ impl Seats {
 /// Tokens of `prompt` that the free `seat` holds already, compared one by one. One less than the prompt at most: the
 /// last token has to be computed for its scores.
 fn reusable(seat: &Seat, prompt: &[TokenId]) -> usize {
-    let held = &seat.tokens[..seat.n_cells.min(seat.tokens.len())];
-    let shared = held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-    shared.min(prompt.len() - 1)
+    common(&seat.tokens[..seat.n_cells.min(seat.tokens.len())], prompt).min(prompt.len() - 1)
+}
+
+/// How many tokens both begin with.
+fn common(one: &[TokenId], other: &[TokenId]) -> usize {
+    one.iter().zip(other).take_while(|(a, b)| a == b).count()
 }

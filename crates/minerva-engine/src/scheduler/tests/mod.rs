@@ -9,6 +9,7 @@ mod forks;
 mod random;
 mod replay;
 mod reuse;
+mod sharing;
 mod step;
 
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::Script;
 use crate::backend::{BackendLimits, SeqId};
 use crate::request::TokenId;
-use crate::scheduler::{CacheOp, RequestId, Scheduler, Step};
+use crate::scheduler::{CacheOp, Copy, RequestId, Scheduler, Step};
 
 /// A request that waits or runs.
 #[derive(Debug)]
@@ -140,7 +140,9 @@ impl Replay {
     }
 
     fn turn(&mut self, fault: Option<Fault>) {
+        self.copy_prefixes();
         self.admit();
+        self.copy_prefixes();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
         self.check_step(&step);
@@ -188,6 +190,23 @@ impl Replay {
                     self.scheduler.forget_prefix(seq);
                 }
             }
+        }
+    }
+
+    fn copy_prefixes(&mut self) {
+        let mut is_there = true;
+        for Copy { src, dst, n_tokens } in self.scheduler.copies() {
+            let source = &self.cache[src as usize];
+            let n = n_tokens as usize;
+            is_there &= !self.cannot_copy && (!self.cannot_cut || n == source.len());
+            if !is_there {
+                self.scheduler.copy_failed(dst);
+                continue;
+            }
+            assert!(n <= source.len(), "a copy of what is not computed");
+            assert!(self.cache[dst as usize].is_empty(), "a copy over something else");
+            self.cache[dst as usize] = source[..n].to_vec();
+            self.note(&format!("{} shares {n_tokens}", self.name(dst)));
         }
     }
 

@@ -36,7 +36,8 @@ fn the_longest_common_prefix_is_reused_and_one_token_is_always_computed() {
         ],
     );
     expect![[r#"
-        tick 0 | a prefill 0..6 | b prefill 0..8
+        tick 0 | a prefill 0..6
+        tick 1 | b shares 4 | b prefill 4..8
         tick 3 | c reuses 6 | c prefill 6..8
         tick 6 | d reuses 7 | d prefill 7..8
         tick 9 | e prefill 0..7
@@ -53,7 +54,7 @@ fn a_prefix_of_a_sequence_that_still_runs_is_not_touched() {
     );
     expect![[r#"
         tick 0 | a prefill 0..6
-        tick 1 | a decode | b prefill 0..6
+        tick 1 | b shares 5 | a decode | b prefill 5..6
         tick 2 | a decode | b decode
         tick 3 | a decode
     "#]]

@@ -1,0 +1,92 @@
+//! Prefixes that several sequences share: computed once, by whoever came first, and copied by the others.
+
+use super::{Seat, Seats, common};
+use crate::backend::SeqId;
+use crate::request::TokenId;
+use crate::scheduler::Copy;
+
+/// Where a seat gets the beginning of its prompt from, and how many tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Source {
+    seq: SeqId,
+    n_tokens: usize,
+}
+
+impl Seat {
+    /// Tokens of `prompt` that the seat holds or will hold whatever happens to be sampled. One less than the prompt at most:
+    /// the last token has to be computed for its scores.
+    fn will_share(&self, prompt: &[TokenId]) -> usize {
+        let n_sure = if self.owner.is_some() { self.n_prompt.max(self.n_cells) } else { self.n_cells };
+        common(&self.tokens[..n_sure.min(self.tokens.len())], prompt).min(prompt.len() - 1)
+    }
+
+    /// Whether somebody admitted at `stamp` may wait for it: nobody waits for somebody who may wait for him.
+    fn is_before(&self, stamp: u64) -> bool {
+        self.owner.is_none() || self.stamp < stamp
+    }
+}
+
+impl Seats {
+    /// The fewest tokens that are worth a copy. Without a pool llama.cpp copies the whole stream, whose length bounds what that
+    /// takes: 8,192 cells of a 7B model are 4 GiB, a third of a second on a CPU that computes 64 tokens in several.
+    fn least_shared(&self) -> usize {
+        (self.limits.n_cells_per_seq as usize / 128).clamp(4, 64)
+    }
+
+    /// The seat that shares most of `prompt`, if that is at least `least` tokens: a free one, or one that was admitted before
+    /// `stamp`.
+    fn best_source(&self, prompt: &[TokenId], except: SeqId, stamp: u64, least: usize) -> Option<Source> {
+        (0..self.limits.n_seq_max)
+            .map(|seq| (seq, &self.all[seq as usize]))
+            .filter(|(seq, seat)| *seq != except && seat.is_before(stamp))
+            .map(|(seq, seat)| (seat.will_share(prompt), std::cmp::Reverse(seat.stamp), seq))
+            .max()
+            .filter(|(n_tokens, ..)| *n_tokens >= least)
+            .map(|(n_tokens, _, seq)| Source { seq, n_tokens })
+    }
+
+    /// Where a prompt that is about to be seated in `seq`, which keeps `n_kept` tokens of it, would better come from.
+    pub(super) fn better_source(&self, prompt: &[TokenId], seq: SeqId, n_kept: usize) -> Option<Source> {
+        self.best_source(prompt, seq, u64::MAX, n_kept + self.least_shared()).filter(|_| self.can_copy)
+    }
+
+    /// A free seat other than the source's.
+    pub(super) fn free_beside(&self, source: Source) -> Option<SeqId> {
+        self.longest_unused_but(Some(source.seq))
+    }
+
+    pub(super) fn is_source(&self, seq: SeqId) -> bool {
+        self.busy().any(|(_, seat)| seat.source.is_some_and(|source| source.seq == seq))
+    }
+
+    /// Copies whose source is computed, in order of admission. Whoever lost his source gets another one, or computes his prompt.
+    pub(in crate::scheduler) fn copies(&mut self) -> Vec<Copy> {
+        let waiting: Vec<SeqId> = self.busy().filter(|(_, seat)| seat.source.is_some()).map(|(seq, _)| seq).collect();
+        waiting.into_iter().filter_map(|seq| self.copy_for(seq)).collect()
+    }
+
+    fn copy_for(&mut self, seq: SeqId) -> Option<Copy> {
+        let seat = &self.all[seq as usize];
+        let prompt = &seat.tokens[..seat.n_prompt];
+        // Its seat may belong to somebody else by now.
+        let is_as_it_was = |source: &Source| {
+            let held = &self.all[source.seq as usize];
+            held.is_before(seat.stamp) && held.will_share(prompt) == source.n_tokens
+        };
+        let another = || self.best_source(prompt, seq, seat.stamp, self.least_shared());
+        let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.can_copy);
+        let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
+        let ready = source.filter(is_computed);
+        let seat = self.at(seq);
+        seat.source = if ready.is_some() { None } else { source };
+        let Source { seq: src, n_tokens } = ready?;
+        seat.n_cells = n_tokens;
+        Some(Copy { src, dst: seq, n_tokens: n_tokens as u32 })
+    }
+
+    /// This kind of memory cannot be cut, or not copied: nobody waits for a copy any more.
+    pub(in crate::scheduler) fn copy_failed(&mut self, seq: SeqId) {
+        self.can_copy = false;
+        self.forget_prefix(seq);
+    }
+}
