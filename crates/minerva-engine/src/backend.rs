@@ -41,6 +41,8 @@ pub struct BackendLimits {
     pub n_cells: u32,
     /// Whether all sequences draw on one pool of cells.
     pub unified: bool,
+    /// Whether the beginning of a sequence can be copied after the sequence has gone on.
+    pub keeps_beginnings: bool,
     /// The most rows of one step.
     pub n_batch: u32,
     /// The most rows that the device computes at once.

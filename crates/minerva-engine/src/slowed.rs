@@ -64,6 +64,7 @@ mod tests {
                 n_cells_per_seq: 8,
                 n_cells: 8,
                 unified: false,
+                keeps_beginnings: true,
                 n_batch: 8,
                 n_ubatch: 8,
                 n_vocab: 2,

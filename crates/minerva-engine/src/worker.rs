@@ -130,8 +130,8 @@ impl Worker {
         self.copy_prefixes();
         while let Some(admission) = self.scheduler.admit() {
             self.seat(admission, began);
+            self.copy_prefixes();
         }
-        self.copy_prefixes();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
         let mut backend_us = 0;

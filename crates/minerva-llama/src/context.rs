@@ -21,6 +21,7 @@ pub struct Context {
     n_ctx: u32,
     n_ctx_seq: u32,
     kv_unified: bool,
+    full_windows: bool,
     // Fields drop in this order, after `Drop::drop` freed `raw`: the pools and the weights outlive the context.
     pools: Vec<ThreadPool>,
     model: Arc<Model>,
@@ -67,6 +68,7 @@ impl Context {
             // SAFETY: a live context.
             n_ctx_seq: unsafe { sys::llama_n_ctx_seq(raw.as_ptr()) },
             kv_unified: params.kv_unified,
+            full_windows: params.full_windows,
             pools: Vec::new(),
             model: Arc::clone(model),
         };
@@ -176,6 +178,12 @@ impl Context {
     /// The most KV cells that one sequence can have.
     pub fn n_ctx_seq(&self) -> u32 {
         self.n_ctx_seq
+    }
+
+    /// Whether the beginning of a sequence can be copied after the sequence has gone on: not from recurrent memory, and not where
+    /// windowed layers keep their window only.
+    pub fn keeps_beginnings(&self) -> bool {
+        !self.model.is_recurrent() && (self.full_windows || self.model.n_window_tokens() == 0)
     }
 
     /// Whether all sequences share one pool of cells.

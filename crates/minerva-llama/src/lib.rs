@@ -47,7 +47,7 @@ pub use params::{ContextParams, FlashAttention, KvType, ModelParams};
 pub use repack::repacked_types;
 pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_server, has_rpc, serve_rpc};
 pub use simulation::Simulation;
-pub use speed::{DeviceSpeed, device_speed};
+pub use speed::{BELIEVABLE_BYTES_PER_SECOND, DeviceSpeed, device_speed};
 pub use threads::ThreadPool;
 pub use trial::{TrialError, TrialStep, prepare_trial_process, try_device};
 pub use vocab::Token;

@@ -53,13 +53,16 @@ impl Context {
     }
 
     /// Frees the cells of `seq` from position `from` on. `false` if this kind of memory cannot be cut there (recurrent
-    /// and sliding-window memory); the sequence must then be cleared as a whole.
+    /// memory, and windows that have moved on); the sequence must then be cleared as a whole.
     ///
     /// # Errors
     /// [`CallError::Argument`] for a sequence that does not exist.
     #[doc(alias = "llama_memory_seq_rm")]
     pub fn truncate_seq(&mut self, seq: u32, from: u32) -> Result<bool, CallError> {
         let seq = self.checked_seq(seq)?;
+        if from > 0 && !self.has_window_before(seq, from) {
+            return Ok(false);
+        }
         let mut removed = false;
         // SAFETY: a live context and a checked sequence; -1 means the end.
         call(|error| unsafe { sys::mnv_seq_rm(self.raw(), seq, from.cast_signed(), -1, &raw mut removed, error) })?;
@@ -95,6 +98,20 @@ impl Context {
             self.clear_seq(dst)?;
         }
         Ok(cut)
+    }
+
+    /// Whether a token at `from` would still find all that its window reaches back to. llama.cpp cuts without asking: what is
+    /// left of the window then has a hole, or nothing.
+    fn has_window_before(&self, seq: sys::llama_seq_id, from: u32) -> bool {
+        let n_window_tokens = self.model().n_window_tokens();
+        if n_window_tokens == 0 || self.model().is_recurrent() {
+            return true;
+        }
+        // SAFETY: a live context.
+        let memory = unsafe { sys::llama_get_memory(self.raw()) };
+        // SAFETY: the memory lives as long as its context, and the sequence was checked.
+        let first = unsafe { sys::llama_memory_seq_pos_min(memory, seq) };
+        u32::try_from(first).is_ok_and(|first| first <= from.saturating_sub(n_window_tokens))
     }
 
     fn checked_seq(&self, seq: u32) -> Result<sys::llama_seq_id, CallError> {

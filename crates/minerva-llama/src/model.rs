@@ -160,6 +160,13 @@ impl Model {
         recurrent || unsafe { sys::llama_model_is_hybrid(self.raw.as_ptr()) }
     }
 
+    /// Tokens that layers with a window look back, if there are such layers; 0 if not.
+    #[doc(alias = "llama_model_n_swa")]
+    pub fn n_window_tokens(&self) -> u32 {
+        // SAFETY: the model is live.
+        u32::try_from(unsafe { sys::llama_model_n_swa(self.raw.as_ptr()) }).unwrap_or(0)
+    }
+
     /// llama.cpp's description, such as `llama 135M Q4_1`.
     pub fn description(&self) -> String {
         let mut buffer = [0; 256];

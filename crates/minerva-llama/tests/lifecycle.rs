@@ -188,3 +188,48 @@ fn a_vocabulary_without_texts_is_an_error_and_not_an_abort() {
     model.token_bytes(5, true, &mut bytes);
     assert!(bytes.is_empty());
 }
+
+/// Two layers that look 512 tokens back, with random weights.
+fn windowed() -> (tempfile::TempDir, Arc<Model>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("windowed.gguf");
+    let shape = minerva_gpu::synthetic::shape_with_layers("gemma3-1b-all-windowed", 2).expect("a shape");
+    shape.write_random(&path, 1, &mut |_| {}).expect("room for it");
+    let model = Model::load(&path, &ModelParams::default(), &mut |_| ControlFlow::Continue(())).expect("it loads");
+    (folder, model)
+}
+
+fn fill(context: &mut Context, seq: u32, n_tokens: u32) {
+    let mut batch = Batch::new(context);
+    for chunk in (0..n_tokens).collect::<Vec<_>>().chunks(64) {
+        batch.clear();
+        for &pos in chunk {
+            batch.push(5 + (pos % 100).cast_signed(), pos, seq, false).expect("within limits");
+        }
+        context.decode(&mut batch).expect("decodes");
+    }
+}
+
+#[test]
+fn a_window_that_has_moved_on_is_not_cut_or_copied_behind_its_back() {
+    let (_folder, model) = windowed();
+    assert_eq!(model.n_window_tokens(), 512);
+    let params =
+        |full_windows| ContextParams { n_ctx: 4096, n_seq_max: 2, n_batch: 64, n_ubatch: 64, full_windows, ..small(2) };
+    let mut context = Context::new(&model, &params(false)).expect("a context");
+    assert!(!context.keeps_beginnings());
+    fill(&mut context, 0, 1500);
+    assert_eq!(context.copy_seq(0, 1, 600), Ok(false), "most of the window before 600 is overwritten");
+    assert_eq!(context.copy_seq(0, 1, 1500), Ok(true), "all of it");
+    assert_eq!(context.truncate_seq(0, 1490), Ok(true), "the window before 1490 is there");
+    assert_eq!(context.truncate_seq(0, 600), Ok(false));
+    context.clear_seq(0).expect("always");
+    fill(&mut context, 0, 300);
+    assert_eq!(context.truncate_seq(0, 100), Ok(true), "nothing has left the window yet");
+
+    let mut context = Context::new(&model, &params(true)).expect("a context");
+    assert!(context.keeps_beginnings());
+    fill(&mut context, 0, 1500);
+    assert_eq!(context.copy_seq(0, 1, 600), Ok(true));
+    assert_eq!(context.truncate_seq(0, 600), Ok(true));
+}

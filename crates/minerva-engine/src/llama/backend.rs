@@ -53,6 +53,7 @@ impl Backend for LlamaBackend {
             n_cells_per_seq: self.context.n_ctx_seq(),
             n_cells: self.context.n_ctx(),
             unified: self.context.kv_unified(),
+            keeps_beginnings: self.context.keeps_beginnings(),
             n_batch: self.context.n_batch(),
             n_ubatch: self.context.n_ubatch(),
             n_vocab: self.context.model().n_vocab(),

@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+/// For names of files that are not whole yet.
+static N_WRITTEN: AtomicU64 = AtomicU64::new(0);
 
 /// All entries; none where there is no file, or no such file.
 pub(super) fn read<T: DeserializeOwned>(file: &str) -> BTreeMap<String, T> {
@@ -20,11 +24,12 @@ pub(super) fn write<T: Serialize>(file: &str, all: &BTreeMap<String, T>) {
     }
 }
 
-/// Through a file of its own, so that two processes leave one of their results and no mixture.
+/// Through a file of its own, so that two loads leave one of their results and no mixture.
 fn try_write<T: Serialize>(file: &str, all: &BTreeMap<String, T>) -> std::io::Result<()> {
     let Some(path) = path(file) else { return Ok(()) };
     fs::create_dir_all(path.parent().unwrap_or(&path))?;
-    let own = path.with_extension(format!("{}.tmp", std::process::id()));
+    let number = N_WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let own = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
     fs::write(&own, serde_json::to_string_pretty(all)?)?;
     fs::rename(own, path)
 }

@@ -55,7 +55,10 @@ pub(super) fn measured(device: &Device, n_threads: u32) -> Option<Speed> {
 
 /// The best of what is remembered and of what was just found, which is remembered too.
 fn best_of(all: &mut BTreeMap<String, Entry>, key: &str, found: Speed, now_s: u64) -> Speed {
-    all.retain(|_, entry| now_s.saturating_sub(entry.since_s) < MOST_AGE.as_secs() && entry.since_s <= now_s);
+    all.retain(|_, entry| {
+        let is_fresh = now_s.saturating_sub(entry.since_s) < MOST_AGE.as_secs() && entry.since_s <= now_s;
+        is_fresh && minerva_llama::BELIEVABLE_BYTES_PER_SECOND.contains(&entry.speed.bandwidth)
+    });
     let entry = all.entry(key.to_owned()).or_insert(Entry { speed: found, since_s: now_s });
     entry.speed = Speed {
         bandwidth: entry.speed.bandwidth.max(found.bandwidth),
@@ -68,16 +71,20 @@ fn best_of(all: &mut BTreeMap<String, Entry>, key: &str, found: Speed, now_s: u6
 mod tests {
     use super::*;
 
+    const GB: u64 = 1_000_000_000;
+
     #[test]
     fn the_best_of_a_day_counts() {
         let mut all = BTreeMap::new();
         let speed = |bandwidth, crossing_ns| Speed { bandwidth, crossing_ns };
-        assert_eq!(best_of(&mut all, "a", speed(10, 500), 1_000_000), speed(10, 500));
-        assert_eq!(best_of(&mut all, "a", speed(12, 700), 1_000_100), speed(12, 500));
-        assert_eq!(best_of(&mut all, "b", speed(1, 1), 1_000_100), speed(1, 1));
-        assert_eq!(best_of(&mut all, "a", speed(9, 600), 1_080_000), speed(12, 500));
-        assert_eq!(best_of(&mut all, "a", speed(9, 600), 1_000_000 + 86_400), speed(9, 600), "the next day");
+        assert_eq!(best_of(&mut all, "a", speed(10 * GB, 500), 1_000_000), speed(10 * GB, 500));
+        assert_eq!(best_of(&mut all, "a", speed(12 * GB, 700), 1_000_100), speed(12 * GB, 500));
+        assert_eq!(best_of(&mut all, "b", speed(GB, 1), 1_000_100), speed(GB, 1));
+        assert_eq!(best_of(&mut all, "a", speed(9 * GB, 600), 1_080_000), speed(12 * GB, 500));
+        assert_eq!(best_of(&mut all, "a", speed(9 * GB, 600), 1_000_000 + 86_400), speed(9 * GB, 600), "the next day");
         assert_eq!(all.len(), 2);
-        assert_eq!(best_of(&mut all, "b", speed(2, 2), 500), speed(2, 2), "the clock was set back");
+        assert_eq!(best_of(&mut all, "b", speed(2 * GB, 2), 500), speed(2 * GB, 2), "the clock was set back");
+        all.insert("c".to_owned(), Entry { speed: speed(u64::MAX, 0), since_s: 500 });
+        assert_eq!(best_of(&mut all, "c", speed(GB, 9), 600), speed(GB, 9), "a damaged file");
     }
 }

@@ -177,8 +177,8 @@ impl Scheduler {
         self.seats.forget_prefix(seq);
     }
 
-    /// Prefixes of admitted prompts that another sequence has computed for them. Call before and after admitting: a source that
-    /// is done may lose its seat, and one that was done already needs no wait.
+    /// Prefixes of admitted prompts that another sequence has computed for them. Call before admitting and after each admission: a
+    /// source that is done may lose its seat to the next, and one that was done already needs no wait.
     pub fn copies(&mut self) -> Vec<Copy> {
         self.seats.copies()
     }
@@ -201,7 +201,7 @@ impl Scheduler {
         step.rows.sort_unstable_by_key(|row| row.seq);
         step.outputs.extend(step.rows.iter().enumerate().map(|(row, decoded)| Output { row, seq: decoded.seq }));
         let n_decode = step.rows.len();
-        let mut left = self.budget.prefill_tokens(n_decode, self.seats.prefilling().count()).min(n_batch - n_decode);
+        let mut left = self.budget.prefill_tokens(n_decode, self.seats.n_unfinished_prompts()).min(n_batch - n_decode);
         for (seq, seat) in self.seats.prefilling() {
             let rest = seat.rest_of_prompt();
             let n = rest.len().min(left);

@@ -72,7 +72,7 @@ pub(super) struct Seats {
 impl Seats {
     pub(super) fn new(limits: BackendLimits) -> Self {
         let all = (0..limits.n_seq_max).map(|_| Seat::default()).collect();
-        Self { all, order: Vec::new(), limits, stamp: 0, can_copy: true }
+        Self { all, order: Vec::new(), limits, stamp: 0, can_copy: limits.keeps_beginnings }
     }
 
     fn at(&mut self, seq: SeqId) -> &mut Seat {
@@ -93,6 +93,11 @@ impl Seats {
 
     pub(super) fn prefilling(&self) -> impl Iterator<Item = (SeqId, &Seat)> {
         self.busy().filter(|(_, seat)| seat.is_prefilling())
+    }
+
+    /// Prompts that are not computed yet, those that wait for a beginning included.
+    pub(super) fn n_unfinished_prompts(&self) -> usize {
+        self.busy().filter(|(_, seat)| !seat.waits_for_fork && seat.n_cells < seat.n_prompt).count()
     }
 
     /// Cells held by running sequences, and cells left by finished ones.
@@ -124,7 +129,7 @@ impl Seats {
     pub(super) fn seat(&mut self, job: &Job) -> Admission {
         let mut first = self.best_free(job);
         let mut n_cached = if job.reuse { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
-        let source = if job.reuse { self.better_source(&job.prompt, first, n_cached) } else { None };
+        let source = if job.reuse { self.better_source(job, first, n_cached) } else { None };
         if let Some(source) = source {
             first = self.free_beside(source).unwrap_or(first);
             n_cached = 0;

@@ -41,7 +41,7 @@ pub(crate) fn reads_per_token(model: &ModelShape, settings: &LoadSettings, place
             reads[placement.tensor_backend(il, name)].bytes += read;
         }
         reads[home].bytes += cache.layer_tensors(model, il).iter().sum::<u64>() / n_sequences / 4;
-        if placement.tensor_backend(il, "ffn_up_exps.weight") != home {
+        if layer.tensors.keys().any(|name| is_expert(name) && placement.tensor_backend(il, name) != home) {
             reads[home].n_crossings += EXPERT_CROSSINGS;
         }
         cross(&mut reads, before, home);

@@ -32,7 +32,8 @@ pub(super) fn below(search: &Search<'_>, best: &Rung) -> Vec<Rung> {
     let n_left = u32::try_from(best.placement.expert_layers_on_host().len()).unwrap_or(u32::MAX);
     let n_model_layers = search.model.n_layers;
     let mut n_experts_left = n_left;
-    if search.model.n_experts > 0 && n_left < n_model_layers {
+    let is_open = search.wishes.expert_layers_on_host.is_none();
+    if search.model.n_experts > 0 && is_open && n_left < n_model_layers {
         for quarter in QUARTERS {
             n_experts_left = n_model_layers - (n_model_layers - n_left) * (quarter - 1) / QUARTERS.len() as u32;
             add(&mut rungs, &draft, n_layers, n_experts_left);

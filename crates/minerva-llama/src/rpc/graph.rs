@@ -16,6 +16,9 @@ const TENSOR_BYTES: usize = 296;
 const OP: usize = 52;
 const SOURCES: usize = 124;
 const VIEW_SOURCE: usize = 204;
+/// `GGML_OP_DUP`, for what an earlier graph computed. Not `GGML_OP_NONE`, which stands for weights: kernels that are fused take it
+/// that nothing else lies in a weight's place. Nor what it was: some backends look at the sources of some operations.
+const COMPUTED: u32 = 1;
 /// `GGML_MAX_SRC`.
 const N_SOURCES: usize = 10;
 
@@ -60,7 +63,9 @@ fn pruned(payload: &[u8]) -> Option<Vec<u8>> {
         let start = out.len();
         out.extend(tensor);
         if !nodes.contains(&id) {
-            out[start + OP..start + OP + 4].fill(0); // GGML_OP_NONE: a leaf
+            if tensor[OP..OP + 4] != [0; 4] {
+                out[start + OP..start + OP + 4].copy_from_slice(&COMPUTED.to_ne_bytes());
+            }
             out[start + SOURCES..start + SOURCES + 8 * N_SOURCES].fill(0);
         }
     }
@@ -102,6 +107,13 @@ mod tests {
         bytes
     }
 
+    fn op(payload: &[u8], id: u64) -> u32 {
+        let n_nodes = count(payload, 4).unwrap();
+        let tensors = payload[12 + 8 * n_nodes..].chunks_exact(TENSOR_BYTES);
+        let found = tensors.into_iter().find(|t| word(t, 0) == Some(id)).unwrap();
+        u32::from_ne_bytes(*found[OP..].first_chunk().unwrap())
+    }
+
     fn kept(payload: &[u8]) -> Vec<(u64, Vec<u64>)> {
         let n_nodes = count(payload, 4).unwrap();
         let mut kept: Vec<_> = payload[12 + 8 * n_nodes..]
@@ -128,6 +140,7 @@ mod tests {
         let out = without_history(graph(&[4, 5], &tensors));
         let expected = [(3, vec![]), (4, vec![3, 10]), (5, vec![4, 7]), (6, vec![]), (7, vec![]), (10, vec![])];
         assert_eq!(kept(&out), expected);
+        assert_eq!((op(&out, 3), op(&out, 4)), (COMPUTED, 0xeeee_eeee), "3 is no weight, 4 is computed now");
         assert_eq!(out[..24], graph(&[4, 5], &[])[..24], "device and nodes stay");
         assert_eq!(out.len(), 8 + 16 + 4 + 6 * TENSOR_BYTES);
     }

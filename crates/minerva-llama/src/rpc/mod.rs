@@ -226,8 +226,8 @@ fn set_up(connection: &TcpStream) -> io::Result<()> {
 fn start_relay(server: TcpStream, link: &Arc<Link>) -> io::Result<CString> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let endpoint = CString::new(listener.local_addr()?.to_string()).unwrap_or_default(); // digits, dots, a colon
-    // llama.cpp ends the process when it gets no socket: two for the connection, one more for its first look.
-    let spare = [listener.try_clone()?, listener.try_clone()?, listener.try_clone()?];
+    // llama.cpp ends the process when it gets no socket: two for the connection, two more for its first look.
+    let spare = [listener.try_clone()?, listener.try_clone()?, listener.try_clone()?, listener.try_clone()?];
     let link = Arc::clone(link);
     thread::Builder::new().name("minerva-rpc".into()).spawn(move || relay::run(listener, server, link))?;
     drop(spare);

@@ -11,9 +11,10 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use super::graph;
 use super::protocol::{self, HEAD_BYTES, Reply};
@@ -56,10 +57,7 @@ impl Link {
 /// keeps. After that nobody else can connect.
 pub(super) fn run(listener: TcpListener, server: TcpStream, link: Arc<Link>) {
     let mut relay = Relay { server: Some(server), link, buffers: HashMap::new(), allocated: HashMap::new() };
-    let first = listener.accept().and_then(|(client, _)| relay.serve(client));
-    let second = first.and_then(|()| listener.accept());
-    drop(listener);
-    if let Err(problem) = second.and_then(|(client, _)| relay.serve(client)) {
+    if let Err(problem) = relay.serve_twice(listener) {
         relay.fail(&problem);
     }
 }
@@ -75,6 +73,21 @@ struct Relay {
 }
 
 impl Relay {
+    /// The second connection ends the first: llama.cpp's sockets are inherited by whatever process is started at that moment, and
+    /// then its closing the first one is not seen.
+    fn serve_twice(&mut self, listener: TcpListener) -> io::Result<()> {
+        let (first, _) = listener.accept()?;
+        let handle = first.try_clone()?;
+        let next = thread::Builder::new().name("minerva-rpc".into()).spawn(move || {
+            let next = listener.accept();
+            let _ = handle.shutdown(Shutdown::Both); // closed already, as a rule
+            next
+        })?;
+        let served = self.serve(first);
+        let (second, _) = next.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;
+        served.and_then(|()| self.serve(second))
+    }
+
     /// Passes requests on until the client closes. Errors are the client's; the server's end in [`fail`](Self::fail).
     fn serve(&mut self, mut client: TcpStream) -> io::Result<()> {
         client.set_nodelay(true)?;
@@ -228,5 +241,35 @@ impl Relay {
     fn fail(&mut self, problem: &io::Error) {
         self.link.lose(problem);
         self.server = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_first_connection_that_somebody_inherited_does_not_keep_the_second_waiting() {
+        let listen = || TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let (listener, far) = (listen(), listen());
+        let address = listener.local_addr().expect("bound");
+        let server = TcpStream::connect(far.local_addr().expect("bound")).expect("a server");
+        let link = Arc::new(Link::new("far:1".to_owned(), None));
+        let relay = thread::spawn(move || run(listener, server, link));
+        let hello = || {
+            let mut client = TcpStream::connect(address).expect("it listens");
+            client.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+            client.write_all(&protocol::request(protocol::HELLO, &[0; 24])).expect("it reads");
+            let mut reply = [0; 8 + protocol::HELLO_REPLY_BYTES];
+            client.read_exact(&mut reply).expect("it answers");
+            client
+        };
+        let mut first = hello();
+        let second = hello();
+        assert_eq!(first.read(&mut [0]).expect("closed"), 0, "the first is over");
+        drop(second);
+        relay.join().expect("it ends");
     }
 }

@@ -3,7 +3,7 @@
 use super::{Seat, Seats, common};
 use crate::backend::SeqId;
 use crate::request::TokenId;
-use crate::scheduler::Copy;
+use crate::scheduler::{Copy, Job};
 
 /// Where a seat gets the beginning of its prompt from, and how many tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,9 +45,15 @@ impl Seats {
             .map(|(n_tokens, _, seq)| Source { seq, n_tokens })
     }
 
-    /// Where a prompt that is about to be seated in `seq`, which keeps `n_kept` tokens of it, would better come from.
-    pub(super) fn better_source(&self, prompt: &[TokenId], seq: SeqId, n_kept: usize) -> Option<Source> {
-        self.best_source(prompt, seq, u64::MAX, n_kept + self.least_shared()).filter(|_| self.can_copy)
+    /// Where the prompt of `job` would better come from than from `seq`, which keeps `n_kept` tokens of it.
+    pub(super) fn better_source(&self, job: &Job, seq: SeqId, n_kept: usize) -> Option<Source> {
+        let n_free = self.all.iter().filter(|seat| seat.owner.is_none()).count();
+        self.best_source(&job.prompt, seq, u64::MAX, n_kept + self.least_shared()).filter(|source| {
+            let held = &self.all[source.seq as usize];
+            // A free one must not be taken for another choice, and nobody waits for less than he has.
+            let stays = held.owner.is_some() || n_free > job.n as usize;
+            self.can_copy && stays && held.n_cells >= n_kept
+        })
     }
 
     /// A free seat other than the source's.

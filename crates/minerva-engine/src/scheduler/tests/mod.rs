@@ -108,7 +108,16 @@ impl Script {
 fn limits(n_seq_max: u32, n_batch: u32) -> BackendLimits {
     let n_cells_per_seq = 64;
     let n_cells = n_cells_per_seq * n_seq_max;
-    BackendLimits { n_seq_max, n_cells_per_seq, n_cells, unified: false, n_batch, n_ubatch: n_batch, n_vocab: 1 << 20 }
+    BackendLimits {
+        n_seq_max,
+        n_cells_per_seq,
+        n_cells,
+        unified: false,
+        keeps_beginnings: true,
+        n_batch,
+        n_ubatch: n_batch,
+        n_vocab: 1 << 20,
+    }
 }
 
 fn pool(n_seq_max: u32, n_cells: u32) -> BackendLimits {

@@ -142,7 +142,6 @@ impl Replay {
     fn turn(&mut self, fault: Option<Fault>) {
         self.copy_prefixes();
         self.admit();
-        self.copy_prefixes();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
         self.check_step(&step);
@@ -190,6 +189,7 @@ impl Replay {
                     self.scheduler.forget_prefix(seq);
                 }
             }
+            self.copy_prefixes();
         }
     }
 
