@@ -41,6 +41,8 @@ pub struct BackendLimits {
     pub n_cells: u32,
     /// Whether all sequences draw on one pool of cells.
     pub unified: bool,
+    /// What copying one sequence to another copies, whatever it holds, in bytes; 0 where cells are shared.
+    pub stream_bytes: u64,
     /// Whether the beginning of a sequence can be copied after the sequence has gone on.
     pub keeps_beginnings: bool,
     /// The most rows of one step.

@@ -173,6 +173,7 @@ impl Backend for SimBackend {
             n_cells_per_seq: config.context_length_tokens,
             n_cells,
             unified: config.unified,
+            stream_bytes: 0,
             keeps_beginnings: true, // or says that it cannot, when it is asked to: `cannot_cut`
             n_batch: config.n_batch,
             n_ubatch: config.n_batch,

@@ -64,6 +64,7 @@ mod tests {
                 n_cells_per_seq: 8,
                 n_cells: 8,
                 unified: false,
+                stream_bytes: 0,
                 keeps_beginnings: true,
                 n_batch: 8,
                 n_ubatch: 8,

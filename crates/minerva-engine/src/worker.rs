@@ -173,7 +173,19 @@ impl Worker {
             self.shared.left_queue(generation.n_prompt());
             generation.start(seqs, n_cached, now);
         }
-        for CacheOp::Keep { seq, n_tokens } in ops {
+        let mut is_there = true;
+        for op in ops {
+            let (seq, n_tokens) = match op {
+                CacheOp::Keep { seq, n_tokens } => (seq, n_tokens),
+                CacheOp::Move { src, dst, n_tokens } => {
+                    // What did not get there cannot go on from there.
+                    is_there = is_there && self.backend.copy(src, dst, n_tokens);
+                    if !is_there {
+                        self.scheduler.move_failed(dst);
+                    }
+                    continue;
+                }
+            };
             if !self.backend.truncate(seq, n_tokens) && n_tokens > 0 {
                 // This kind of memory cannot be cut there. The sequence is empty now.
                 self.scheduler.forget_prefix(seq);

@@ -48,11 +48,13 @@ impl LlamaBackend {
 
 impl Backend for LlamaBackend {
     fn limits(&self) -> BackendLimits {
+        let kv_bytes: u64 = self.memory_bytes().iter().map(|device| device.kv_bytes).sum();
         BackendLimits {
             n_seq_max: self.context.n_seq_max(),
             n_cells_per_seq: self.context.n_ctx_seq(),
             n_cells: self.context.n_ctx(),
             unified: self.context.kv_unified(),
+            stream_bytes: if self.context.kv_unified() { 0 } else { kv_bytes / u64::from(self.context.n_seq_max()) },
             keeps_beginnings: self.context.keeps_beginnings(),
             n_batch: self.context.n_batch(),
             n_ubatch: self.context.n_ubatch(),

@@ -53,6 +53,16 @@ pub enum CacheOp {
         /// Tokens to keep.
         n_tokens: u32,
     },
+    /// What a finished sequence holds goes to another place, and what that held is gone. When the backend cannot, call
+    /// [`Scheduler::move_failed`].
+    Move {
+        /// Where it is.
+        src: SeqId,
+        /// Where it is wanted.
+        dst: SeqId,
+        /// Tokens that it holds.
+        n_tokens: u32,
+    },
 }
 
 /// A prefix that one sequence gets from another before the next step. When the backend cannot, call
@@ -181,6 +191,11 @@ impl Scheduler {
     /// source that is done may lose its seat to the next, and one that was done already needs no wait.
     pub fn copies(&mut self) -> Vec<Copy> {
         self.seats.copies()
+    }
+
+    /// The backend could not move what a sequence held to `seq`: it is lost, and nothing is moved any more.
+    pub fn move_failed(&mut self, seq: SeqId) {
+        self.seats.move_failed(seq);
     }
 
     /// The backend could not copy: the sequence computes its prompt itself.

@@ -1,5 +1,6 @@
 //! The sequences of the cache: who sits where, what each one holds, and how many cells are promised.
 
+mod places;
 mod sharing;
 
 use sharing::Source;
@@ -67,12 +68,14 @@ pub(super) struct Seats {
     stamp: u64,
     /// No copy has failed yet.
     can_copy: bool,
+    /// No move has failed yet.
+    can_move: bool,
 }
 
 impl Seats {
     pub(super) fn new(limits: BackendLimits) -> Self {
         let all = (0..limits.n_seq_max).map(|_| Seat::default()).collect();
-        Self { all, order: Vec::new(), limits, stamp: 0, can_copy: limits.keeps_beginnings }
+        Self { all, order: Vec::new(), limits, stamp: 0, can_copy: limits.keeps_beginnings, can_move: true }
     }
 
     fn at(&mut self, seq: SeqId) -> &mut Seat {
@@ -125,21 +128,24 @@ impl Seats {
     }
 
     /// Gives `job` its seats: for the first choice the free one that shares most of the prompt, or any beside another one that shares
-    /// more; then those unused for longest.
+    /// more; then any.
     pub(super) fn seat(&mut self, job: &Job) -> Admission {
-        let mut first = self.best_free(job);
-        let mut n_cached = if job.reuse { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
-        let source = if job.reuse { self.better_source(job, first, n_cached) } else { None };
-        if let Some(source) = source {
-            first = self.free_beside(source).unwrap_or(first);
-            n_cached = 0;
-        }
-        let mut seqs = vec![first];
         let mut ops = Vec::new();
+        let kept = self.best_free(job);
+        let n_kept = kept.map_or(0, |seq| reusable(&self.all[seq as usize], &job.prompt));
+        let source = if job.reuse { self.better_source(job, kept, n_kept) } else { None };
+        let first = match (kept, source) {
+            (Some(seq), None) => Some(seq),
+            (kept, source) => self.vacate(source.map(Source::seq), &mut ops).or(kept),
+        };
+        let first = first.unwrap_or(0); // `has_room` said that there is one
+        let reuses = job.reuse && source.is_none();
+        let n_cached = if reuses { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
+        let mut seqs = vec![first];
         self.occupy(first, job, n_cached, &mut ops);
         self.at(first).source = source;
         for _ in 1..job.n {
-            let Some(seq) = self.longest_unused() else { break };
+            let Some(seq) = self.vacate(source.map(Source::seq), &mut ops) else { break };
             self.occupy(seq, job, 0, &mut ops);
             self.at(seq).waits_for_fork = true;
             self.at(first).forks.push(seq);
@@ -191,24 +197,15 @@ impl Seats {
     }
 
     /// The free seat that shares the longest prefix with the prompt, if that keeps at least half of what it holds: a few
-    /// tokens in common are not worth the end of a long conversation. Otherwise the seat unused for longest.
-    fn best_free(&self, job: &Job) -> SeqId {
+    /// tokens in common are not worth the end of a long conversation.
+    fn best_free(&self, job: &Job) -> Option<SeqId> {
         let shares = |seat: &Seat| if job.reuse { reusable(seat, &job.prompt) } else { 0 };
         let best = (0..self.limits.n_seq_max)
             .map(|seq| (seq, &self.all[seq as usize]))
-            .filter(|(_, seat)| seat.owner.is_none() && shares(seat) * 2 >= seat.n_cells && seat.n_cells > 0)
+            .filter(|(_, seat)| seat.owner.is_none() && seat.n_cells > 0)
+            .filter(|(_, seat)| shares(seat) > 0 && shares(seat) * 2 >= seat.n_cells)
             .max_by_key(|(_, seat)| (shares(seat), std::cmp::Reverse(seat.stamp)));
-        best.map(|(seq, _)| seq).or_else(|| self.longest_unused()).unwrap_or(0)
-    }
-
-    fn longest_unused(&self) -> Option<SeqId> {
-        self.longest_unused_but(None)
-    }
-
-    fn longest_unused_but(&self, other: Option<SeqId>) -> Option<SeqId> {
-        (0..self.limits.n_seq_max)
-            .filter(|&seq| self.all[seq as usize].owner.is_none() && Some(seq) != other)
-            .min_by_key(|&seq| self.all[seq as usize].stamp)
+        best.map(|(seq, _)| seq)
     }
 
     pub(super) fn forget_prefix(&mut self, seq: SeqId) {

@@ -12,6 +12,12 @@ pub(super) struct Source {
     n_tokens: usize,
 }
 
+impl Source {
+    pub(super) fn seq(self) -> SeqId {
+        self.seq
+    }
+}
+
 impl Seat {
     /// Tokens of `prompt` that the seat holds or will hold whatever happens to be sampled. One less than the prompt at most:
     /// the last token has to be computed for its scores.
@@ -35,30 +41,25 @@ impl Seats {
 
     /// The seat that shares most of `prompt`, if that is at least `least` tokens: a free one, or one that was admitted before
     /// `stamp`.
-    fn best_source(&self, prompt: &[TokenId], except: SeqId, stamp: u64, least: usize) -> Option<Source> {
+    fn best_source(&self, prompt: &[TokenId], except: Option<SeqId>, stamp: u64, least: usize) -> Option<Source> {
         (0..self.limits.n_seq_max)
             .map(|seq| (seq, &self.all[seq as usize]))
-            .filter(|(seq, seat)| *seq != except && seat.is_before(stamp))
+            .filter(|(seq, seat)| Some(*seq) != except && seat.is_before(stamp))
             .map(|(seq, seat)| (seat.will_share(prompt), std::cmp::Reverse(seat.stamp), seq))
             .max()
             .filter(|(n_tokens, ..)| *n_tokens >= least)
             .map(|(n_tokens, _, seq)| Source { seq, n_tokens })
     }
 
-    /// Where the prompt of `job` would better come from than from `seq`, which keeps `n_kept` tokens of it.
-    pub(super) fn better_source(&self, job: &Job, seq: SeqId, n_kept: usize) -> Option<Source> {
+    /// Where the prompt of `job` would better come from than from `kept`, which keeps `n_kept` tokens of it.
+    pub(super) fn better_source(&self, job: &Job, kept: Option<SeqId>, n_kept: usize) -> Option<Source> {
         let n_free = self.all.iter().filter(|seat| seat.owner.is_none()).count();
-        self.best_source(&job.prompt, seq, u64::MAX, n_kept + self.least_shared()).filter(|source| {
+        self.best_source(&job.prompt, kept, u64::MAX, n_kept + self.least_shared()).filter(|source| {
             let held = &self.all[source.seq as usize];
             // A free one must not be taken for another choice, and nobody waits for less than he has.
             let stays = held.owner.is_some() || n_free > job.n as usize;
             self.can_copy && stays && held.n_cells >= n_kept
         })
-    }
-
-    /// A free seat other than the source's.
-    pub(super) fn free_beside(&self, source: Source) -> Option<SeqId> {
-        self.longest_unused_but(Some(source.seq))
     }
 
     pub(super) fn is_source(&self, seq: SeqId) -> bool {
@@ -79,7 +80,7 @@ impl Seats {
             let held = &self.all[source.seq as usize];
             held.is_before(seat.stamp) && held.will_share(prompt) == source.n_tokens
         };
-        let another = || self.best_source(prompt, seq, seat.stamp, self.least_shared());
+        let another = || self.best_source(prompt, Some(seq), seat.stamp, self.least_shared());
         let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.can_copy);
         let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
         let ready = source.filter(is_computed);

@@ -39,7 +39,7 @@ fn a_cancelled_request_gives_back_the_seats_that_wait_for_its_prompt() {
         tick 0 | a.0 prefill 0..4
         tick 1 | a.0 prefill 4..8
         tick 2 | a is cancelled | b.0 prefill 0..3 | b.1 copies b.0 | b.2 copies b.0
-        tick 3 | b.1 decode | b.2 decode | b.0 decode
+        tick 3 | b.2 decode | b.1 decode | b.0 decode
     "#]]
     .assert_eq(&trace);
 }

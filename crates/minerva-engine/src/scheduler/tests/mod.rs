@@ -6,6 +6,7 @@
 
 mod admit;
 mod forks;
+mod places;
 mod random;
 mod replay;
 mod reuse;
@@ -113,6 +114,7 @@ fn limits(n_seq_max: u32, n_batch: u32) -> BackendLimits {
         n_cells_per_seq,
         n_cells,
         unified: false,
+        stream_bytes: 0,
         keeps_beginnings: true,
         n_batch,
         n_ubatch: n_batch,

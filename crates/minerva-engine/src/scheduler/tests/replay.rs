@@ -181,7 +181,15 @@ impl Replay {
             if n_cached > 0 {
                 self.note(&format!("{} reuses {n_cached}", letter(id)));
             }
-            for CacheOp::Keep { seq, n_tokens } in admission.ops {
+            let mut is_there = true;
+            for op in admission.ops {
+                let (seq, n_tokens) = match op {
+                    CacheOp::Keep { seq, n_tokens } => (seq, n_tokens),
+                    CacheOp::Move { src, dst, n_tokens } => {
+                        self.move_to(src, dst, n_tokens, &mut is_there);
+                        continue;
+                    }
+                };
                 if !admission.seqs.contains(&seq) {
                     self.note(&format!("evicts {}", self.cache[seq as usize].len()));
                 }
@@ -208,6 +216,17 @@ impl Replay {
             self.cache[dst as usize] = source[..n].to_vec();
             self.note(&format!("{} shares {n_tokens}", self.name(dst)));
         }
+    }
+
+    fn move_to(&mut self, src: SeqId, dst: SeqId, n_tokens: u32, is_there: &mut bool) {
+        *is_there &= !self.cannot_copy;
+        if !*is_there {
+            self.cache[dst as usize].clear();
+            return self.scheduler.move_failed(dst);
+        }
+        assert_eq!(self.cache[src as usize].len(), n_tokens as usize, "all of it");
+        self.cache[dst as usize] = self.cache[src as usize].clone();
+        self.note(&format!("moves {n_tokens}"));
     }
 
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
