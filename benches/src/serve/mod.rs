@@ -95,7 +95,8 @@ async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
     let mut contenders = contenders(args).await?;
     let mut report = Report::default();
     report.heading.push(format!(
-        "seed {seed}, {} rounds, scale {}, contenders by turns; before each round one request of 8 tokens, not counted",
+        "seed {seed}, {} rounds, scale {}, contenders by turns, started anew for each round where this run starts them; before \
+         each round one request of 8 tokens, not counted",
         args.rounds, args.scale,
     ));
     report.heading.push(
@@ -113,8 +114,14 @@ async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
     });
 
     let timeout = Duration::from_secs_f64(args.timeout);
+    let mut is_first = true;
     for &workload in &args.workload {
         for number in 0..args.rounds {
+            // A process keeps its luck with memory pages, several percent of its speed, for as long as it lives.
+            if !std::mem::take(&mut is_first) {
+                contenders.clear();
+                contenders = self::contenders(args).await?;
+            }
             // A server that is its own peer must not find its own prompts in its cache.
             let is_same = args.peer.is_some() && args.peer == args.url;
             for (turn, contender) in contenders.iter_mut().enumerate() {
