@@ -132,7 +132,7 @@ impl Seats {
     pub(super) fn seat(&mut self, job: &Job) -> Admission {
         let mut ops = Vec::new();
         let kept = self.best_free(job);
-        let n_kept = kept.map_or(0, |seq| reusable(&self.all[seq as usize], &job.prompt));
+        let n_kept = kept.map_or(0, |seq| self.all[seq as usize].will_share(&job.prompt));
         let source = if job.reuse { self.better_source(job, kept, n_kept) } else { None };
         let first = match (kept, source) {
             (Some(seq), None) => Some(seq),
@@ -140,7 +140,7 @@ impl Seats {
         };
         let first = first.unwrap_or(0); // `has_room` said that there is one
         let reuses = job.reuse && source.is_none();
-        let n_cached = if reuses { reusable(&self.all[first as usize], &job.prompt) } else { 0 };
+        let n_cached = if reuses { self.all[first as usize].will_share(&job.prompt) } else { 0 };
         let mut seqs = vec![first];
         self.occupy(first, job, n_cached, &mut ops);
         self.at(first).source = source;
@@ -199,7 +199,7 @@ impl Seats {
     /// The free seat that shares the longest prefix with the prompt, if that keeps at least half of what it holds: a few
     /// tokens in common are not worth the end of a long conversation.
     fn best_free(&self, job: &Job) -> Option<SeqId> {
-        let shares = |seat: &Seat| if job.reuse { reusable(seat, &job.prompt) } else { 0 };
+        let shares = |seat: &Seat| if job.reuse { seat.will_share(&job.prompt) } else { 0 };
         let best = (0..self.limits.n_seq_max)
             .map(|seq| (seq, &self.all[seq as usize]))
             .filter(|(_, seat)| seat.owner.is_none() && seat.n_cells > 0)
@@ -263,12 +263,6 @@ impl Seats {
     pub(super) fn discard(&mut self, seq: SeqId) {
         self.at(seq).clear();
     }
-}
-
-/// Tokens of `prompt` that the free `seat` holds already, compared one by one. One less than the prompt at most: the
-/// last token has to be computed for its scores.
-fn reusable(seat: &Seat, prompt: &[TokenId]) -> usize {
-    common(&seat.tokens[..seat.n_cells.min(seat.tokens.len())], prompt).min(prompt.len() - 1)
 }
 
 /// How many tokens both begin with.

@@ -19,9 +19,9 @@ impl Source {
 }
 
 impl Seat {
-    /// Tokens of `prompt` that the seat holds or will hold whatever happens to be sampled. One less than the prompt at most:
+    /// Tokens of `prompt` that the seat holds or will hold whatever happens to be sampled, compared one by one. One less than the prompt at most:
     /// the last token has to be computed for its scores.
-    fn will_share(&self, prompt: &[TokenId]) -> usize {
+    pub(super) fn will_share(&self, prompt: &[TokenId]) -> usize {
         let n_sure = if self.owner.is_some() { self.n_prompt.max(self.n_cells) } else { self.n_cells };
         common(&self.tokens[..n_sure.min(self.tokens.len())], prompt).min(prompt.len() - 1)
     }
