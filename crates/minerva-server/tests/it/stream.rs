@@ -20,7 +20,10 @@ fn stable(text: &str) -> String {
                 line = line.replace(&json[key].to_string(), &format!("<{key}>"));
             }
             for (_, ms) in json["timings"].as_object_mut().into_iter().flatten() {
-                line = line.replace(&format!("_ms\":{ms}"), "_ms\":<ms>");
+                // With what ends it: one time may begin with the digits of another.
+                for end in [',', '}'] {
+                    line = line.replace(&format!("_ms\":{ms}{end}"), &format!("_ms\":<ms>{end}"));
+                }
             }
             line
         }
