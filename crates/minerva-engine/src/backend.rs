@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
 
@@ -28,10 +30,16 @@ pub trait Backend: Send {
 
     /// Makes `dst` hold the first `n_tokens` of `src`. `false` when the memory cannot be cut there; `dst` is then empty.
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool;
+
+    /// All that `seq` holds, for [`restore`](Self::restore). `None` when it cannot be copied out or memory is missing.
+    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>>;
+
+    /// Makes `seq` hold what was saved, and nothing else. `false` when it cannot be; `seq` is then empty.
+    fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool;
 }
 
 /// The sizes of a backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendLimits {
     /// Sequences.
     pub n_seq_max: u32,
@@ -43,6 +51,10 @@ pub struct BackendLimits {
     pub unified: bool,
     /// What copying one sequence to another copies, whatever it holds, in bytes; 0 where cells are shared.
     pub stream_bytes: u64,
+    /// What each cell adds to a sequence that is copied out, in bytes.
+    pub cell_bytes: u64,
+    /// What a sequence that is copied out takes beside its cells, in bytes.
+    pub state_bytes: u64,
     /// Whether the beginning of a sequence can be copied after the sequence has gone on.
     pub keeps_beginnings: bool,
     /// The most rows of one step.
@@ -54,7 +66,7 @@ pub struct BackendLimits {
 }
 
 /// One token of one step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
     /// The sequence it extends.
     pub seq: SeqId,

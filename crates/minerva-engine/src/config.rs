@@ -7,6 +7,7 @@ use minerva_llama::RpcServer;
 use serde::{Deserialize, Serialize};
 
 use crate::probe::ProbeConfig;
+use crate::serving::CacheIsolation;
 
 /// How to load a model and how much of the machine to give it. Fields that are `None` are chosen by the engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,6 +61,14 @@ pub struct EngineConfig {
     pub max_queued_requests: usize,
     /// Prompt tokens that may wait; a request that would pass this is refused.
     pub max_queued_tokens: usize,
+    /// The longest gap between two tokens of a stream that prompts of others may cause, in milliseconds, as far as steps can be cut
+    /// that short. `None`: about three times what it is without them.
+    pub max_itl_ms: Option<u64>,
+    /// Host memory for what sequences held when they had to give their cells away, in bytes; 0 for none. `None` is a sixteenth
+    /// of the host's memory, at most 8 GiB and a quarter of what the model leaves free.
+    pub host_cache_bytes: Option<u64>,
+    /// Who shares the cells of equal beginnings.
+    pub cache_isolation: CacheIsolation,
     /// A chat template to use in place of the model's.
     pub chat_template: Option<String>,
     /// Try devices in a child process before this one touches them. `None`: whatever crashes when it is touched takes this
@@ -94,6 +103,9 @@ impl Default for EngineConfig {
             use_mmap: true,
             max_queued_requests: 256,
             max_queued_tokens: 1 << 20,
+            max_itl_ms: None,
+            host_cache_bytes: None,
+            cache_isolation: CacheIsolation::None,
             chat_template: None,
             probe: None,
         }

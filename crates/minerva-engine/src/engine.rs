@@ -17,7 +17,8 @@ use crate::error::{LoadError, RequestError};
 use crate::intake::{Intake, Task};
 use crate::llama;
 use crate::request::{Request, TokenId};
-use crate::shared::{QueueLimits, Shared};
+use crate::serving::Serving;
+use crate::shared::Shared;
 use crate::sim::{self, SimConfig};
 use crate::slowed::Slowed;
 use crate::status::{BuildInfo, EngineStats, LoadProgress, ModelInfo};
@@ -75,9 +76,9 @@ impl Engine {
         config: EngineConfig,
         mut progress: impl FnMut(&LoadProgress) -> ControlFlow<()> + Send,
     ) -> Result<Self, LoadError> {
-        let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
         let (loaded, info) = llama::load(&config, &mut progress)?;
-        Self::start(loaded, info, queue)
+        let serving = Serving::new(&config, &info);
+        Self::start(loaded, info, serving)
     }
 
     /// [`load`](Self::load), and then every step takes `percent` longer: with it a benchmark proves that it notices.
@@ -86,10 +87,10 @@ impl Engine {
     /// As [`load`](Self::load).
     #[doc(hidden)] // no setting, so that nobody can leave it on
     pub fn load_slowed(config: &EngineConfig, percent: f64) -> Result<Self, LoadError> {
-        let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
         let (mut loaded, info) = llama::load(config, &mut |_| ControlFlow::Continue(()))?;
         loaded.backend = Box::new(Slowed::new(loaded.backend, percent));
-        Self::start(loaded, info, queue)
+        let serving = Serving::new(config, &info);
+        Self::start(loaded, info, serving)
     }
 
     /// Plans a load without doing it: what goes where, what it takes, and the smaller plans below. Reads the file's header,
@@ -114,21 +115,21 @@ impl Engine {
     /// # Panics
     /// When the system refuses a thread.
     pub fn simulate(config: SimConfig) -> Self {
-        let queue = QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens };
+        let serving = config.serving();
         let (loaded, info) = sim::load(config);
-        Self::start(loaded, info, queue).expect("the system can start a thread")
+        Self::start(loaded, info, serving).expect("the system can start a thread")
     }
 
-    fn start(loaded: Loaded, info: ModelInfo, queue: QueueLimits) -> Result<Self, LoadError> {
+    fn start(loaded: Loaded, info: ModelInfo, serving: Serving) -> Result<Self, LoadError> {
         let limits = loaded.backend.limits();
         let shared = Arc::new(Shared::new(u64::from(limits.n_cells), u64::from(limits.n_seq_max)));
         let tokenizer = Arc::clone(&loaded.tokenizer);
         let (commands, mailbox) = mpsc::channel();
         let (tasks, inbox) = mpsc::channel();
         let n_ctx = info.context_length_tokens as usize;
-        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, queue };
+        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving };
         thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
-        let worker = Worker::new(loaded, mailbox, Arc::clone(&shared));
+        let worker = Worker::new(loaded, serving.policy, mailbox, Arc::clone(&shared));
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
         let inner = Inner {
             info,
@@ -299,14 +300,22 @@ mod tests {
         fn copy(&mut self, _src: SeqId, _dst: SeqId, _n_tokens: u32) -> bool {
             true
         }
+
+        fn save(&mut self, _seq: SeqId) -> Option<Vec<u8>> {
+            None
+        }
+
+        fn restore(&mut self, _seq: SeqId, _state: &[u8]) -> bool {
+            false
+        }
     }
 
     #[test]
     fn a_panic_of_the_engine_thread_ends_every_stream_and_refuses_what_comes_next() {
         let (mut loaded, info) = sim::load(SimConfig { n_seq_max: 1, ..SimConfig::default() });
         loaded.backend = Box::new(Broken(loaded.backend.limits()));
-        let engine = Engine::start(loaded, info, QueueLimits { requests: 9, tokens: 999 })
-            .expect("the system can start a thread");
+        let serving = SimConfig::default().serving();
+        let engine = Engine::start(loaded, info, serving).expect("the system can start a thread");
         let streams = (0..3).map_while(|_| engine.generate_blocking(Request::text("x").max_tokens(5)).ok());
         for mut events in streams.collect::<Vec<_>>() {
             assert_eq!(events.blocking_next(), Some(Event::Failed(GenerationError::Shutdown)));

@@ -66,7 +66,7 @@ pub struct TopToken {
 pub enum FinishReason {
     /// The model ended it, or a stop text would have appeared.
     Stop,
-    /// `max_tokens` or the end of the context was reached.
+    /// `max_tokens`, the end of the context or the request's deadline was reached.
     Length,
 }
 
@@ -103,6 +103,14 @@ pub enum GenerationError {
     Sampling {
         /// What was wrong with the scores.
         message: String,
+    },
+    /// The request's deadline was over before it could begin.
+    #[error("the deadline of {deadline_ms} ms was over before the request could begin: it waited {waited_ms} ms")]
+    DeadlineExpired {
+        /// What the request asked for.
+        deadline_ms: u64,
+        /// How long it waited.
+        waited_ms: u64,
     },
     /// The engine was shut down before the request was done.
     #[error("the engine shut down before the request was finished")]

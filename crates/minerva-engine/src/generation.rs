@@ -1,7 +1,7 @@
 //! One accepted request while it runs: its choices, what of their text is out, and its times.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -18,6 +18,8 @@ pub(crate) struct Accepted {
     pub(crate) request: Request,
     pub(crate) max_tokens: u32,
     pub(crate) seed: u64,
+    /// Cells are only shared within it.
+    pub(crate) namespace: u64,
     pub(crate) submitted: Instant,
     pub(crate) events: UnboundedSender<Event>,
 }
@@ -45,16 +47,19 @@ pub(crate) struct Generation {
     max_tokens: u32,
     n_prompt: u32,
     n_cached: u32,
-    seqs: Vec<SeqId>,
+    /// Where each choice runs; `None` while it waits.
+    seqs: Vec<Option<SeqId>>,
     choices: Vec<Choice>,
     submitted: Instant,
+    /// The answer is cut off here.
+    deadline: Option<Instant>,
     started: Option<Instant>,
     first_token: Option<Instant>,
 }
 
 impl Generation {
     pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize) -> Self {
-        let Accepted { prompt, request, max_tokens, seed, submitted, events } = accepted;
+        let Accepted { prompt, request, max_tokens, seed, submitted, events, .. } = accepted;
         let choices = (0..request.n).map(|index| {
             let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)));
             for &token in &prompt {
@@ -80,6 +85,7 @@ impl Generation {
             n_prompt: prompt.len() as u32,
             n_cached: 0,
             seqs: Vec::new(),
+            deadline: request.deadline_ms.map(|ms| submitted + Duration::from_millis(ms)),
             submitted,
             started: None,
             first_token: None,
@@ -88,14 +94,42 @@ impl Generation {
 
     /// The request got its sequences, one per choice.
     pub(crate) fn start(&mut self, seqs: Vec<SeqId>, n_cached: u32, now: Instant) {
-        self.seqs = seqs;
+        self.seqs = seqs.into_iter().map(Some).collect();
         self.n_cached = n_cached;
         self.started = Some(now);
     }
 
-    /// So many tokens of the prompt came from a copy, or had to be computed after all.
-    pub(crate) fn set_cached(&mut self, n_tokens: u32) {
-        self.n_cached = n_tokens;
+    /// The choice in `seq` gave its sequence away and waits for another.
+    pub(crate) fn pause(&mut self, seq: SeqId) {
+        for own in self.seqs.iter_mut().filter(|own| **own == Some(seq)) {
+            *own = None;
+        }
+    }
+
+    /// A choice goes on in another sequence.
+    pub(crate) fn resume(&mut self, choice: u32, seq: SeqId) {
+        if let Some(own) = self.seqs.get_mut(choice as usize) {
+            *own = Some(seq);
+        }
+    }
+
+    /// So many tokens of the prompt came from a copy, or had to be computed after all. `false` when the prompt was done before.
+    pub(crate) fn set_cached(&mut self, n_tokens: u32) -> bool {
+        let is_prompt = self.first_token.is_none();
+        if is_prompt {
+            self.n_cached = n_tokens.min(self.n_prompt);
+        }
+        is_prompt
+    }
+
+    /// The deadline that the request asked for, in milliseconds.
+    pub(crate) fn deadline_ms(&self) -> Option<u64> {
+        self.deadline.map(|deadline| deadline.saturating_duration_since(self.submitted).as_millis() as u64)
+    }
+
+    /// For how long it has been here.
+    pub(crate) fn waited(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.submitted)
     }
 
     pub(crate) fn n_prompt(&self) -> usize {
@@ -108,7 +142,7 @@ impl Generation {
 
     /// The sequences of choices that still run.
     pub(crate) fn running_seqs(&self) -> impl Iterator<Item = SeqId> {
-        self.seqs.iter().zip(&self.choices).filter(|(_, choice)| !choice.finished).map(|(&seq, _)| seq)
+        self.seqs.iter().zip(&self.choices).filter(|(_, choice)| !choice.finished).filter_map(|(&seq, _)| seq)
     }
 
     /// Samples the next token of the choice in `seq` and sends what of its text can go out.
@@ -122,7 +156,7 @@ impl Generation {
         tokenizer: &dyn Tokenizer,
         now: Instant,
     ) -> Result<Advance, SampleError> {
-        let Some(at) = self.seqs.iter().position(|&own| own == seq) else { return Ok(Advance::Finished) };
+        let Some(at) = self.seqs.iter().position(|&own| own == Some(seq)) else { return Ok(Advance::Finished) };
         let choice = &mut self.choices[at];
         let sampled = choice.sampler.sample(logits, &self.banned, self.n_logprobs)?;
         choice.sampler.accept(sampled.token);
@@ -136,7 +170,7 @@ impl Generation {
             end = Some((FinishReason::Stop, None));
         } else if let Some(stop) = choice.take(sampled, tokenizer, &mut delta) {
             end = Some((FinishReason::Stop, Some(self.stops[stop].clone())));
-        } else if choice.n_generated >= self.max_tokens {
+        } else if choice.n_generated >= self.max_tokens || self.deadline.is_some_and(|deadline| now >= deadline) {
             end = Some((FinishReason::Length, None));
         }
         if let Some((_, None)) = end {
@@ -148,6 +182,7 @@ impl Generation {
         }
         if let Some((reason, stop)) = end {
             choice.finished = true;
+            self.seqs[at] = None; // another choice may go on there
             let _ = self.events.send(Event::Finished { choice: choice.index, reason, stop });
             return Ok(Advance::Finished);
         }

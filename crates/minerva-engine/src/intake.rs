@@ -14,12 +14,18 @@ use crate::error::RequestError;
 use crate::generation::Accepted;
 use crate::request::{Prompt, Request, TokenId};
 use crate::sampler::InvalidParam;
-use crate::shared::QueueLimits;
+use crate::serving::Serving;
 use crate::stream::EventStream;
 use crate::worker::Command;
 
 /// Most alternatives per token that can be reported.
 pub const MAX_LOGPROBS: u32 = 100;
+
+/// A day.
+const MAX_DEADLINE_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// A minute.
+const MAX_ITL_MS: u64 = 60 * 1000;
 
 /// What the intake thread is asked to do.
 pub(crate) enum Task {
@@ -41,7 +47,7 @@ pub(crate) struct Intake {
     pub(crate) limits: BackendLimits,
     /// The most tokens of one request, prompt and answer together.
     pub(crate) n_ctx: usize,
-    pub(crate) queue: QueueLimits,
+    pub(crate) serving: Serving,
 }
 
 impl Intake {
@@ -87,11 +93,13 @@ impl Intake {
             return Err(RequestError::ShuttingDown);
         }
         let n_prompt = prompt.len();
-        engine.shared().join_queue(n_prompt, self.queue)?;
+        engine.shared().join_queue(n_prompt, self.serving.queue)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let seed = request.sampling.seed.unwrap_or_else(random_seed);
+        let namespace = self.serving.namespace(&request);
         let id = engine.next_id();
-        engine.send(Command::Submit(id, Box::new(Accepted { prompt, request, max_tokens, seed, submitted, events })));
+        let accepted = Accepted { prompt, request, max_tokens, seed, namespace, submitted, events };
+        engine.send(Command::Submit(id, Box::new(accepted)));
         Ok(EventStream::new(id, n_prompt as u32, receiver, engine))
     }
 
@@ -106,6 +114,14 @@ impl Intake {
         if let Some(k) = request.logprobs.filter(|&k| k > MAX_LOGPROBS) {
             return Err(InvalidParam::new("top_logprobs", k, format!("at most {MAX_LOGPROBS}")).into());
         }
+        let in_range = |name, value: Option<u64>, most| match value {
+            Some(ms) if !(1..=most).contains(&ms) => {
+                Err(InvalidParam::new(name, ms, format!("between 1 and {most} milliseconds")))
+            }
+            _ => Ok(()),
+        };
+        in_range("deadline_ms", request.deadline_ms, MAX_DEADLINE_MS)?;
+        in_range("max_itl_ms", request.max_itl_ms, MAX_ITL_MS)?;
         validate_stops(&request.stop)?;
         request.sampling.validate(self.limits.n_vocab)?;
         Ok(())

@@ -25,6 +25,8 @@ mod stream;
 
 mod generation;
 mod intake;
+mod parking;
+mod serving;
 mod shared;
 mod worker;
 
@@ -48,6 +50,7 @@ pub use intake::MAX_LOGPROBS;
 pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
 pub use request::{ChatMessage, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplingParams};
+pub use serving::CacheIsolation;
 pub use sim::SimConfig;
 pub use status::{BuildInfo, DeviceMemory, EngineStats, LoadProgress, ModelInfo, Placement};
 pub use stream::EventStream;

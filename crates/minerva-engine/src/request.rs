@@ -27,6 +27,16 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Reuse cached cells of an earlier request that began with the same tokens. Default true.
     pub cache_prompt: bool,
+    /// Whose request it is; 0 for nobody in particular. Seats and steps are shared evenly between clients.
+    pub client: u64,
+    /// Lower is served earlier, and may take the seat of what is served later. Default 0.
+    pub priority: i32,
+    /// Milliseconds after which the answer is worth nothing: a request that still waits then never begins, one that runs ends with
+    /// [`FinishReason::Length`](crate::FinishReason::Length).
+    pub deadline_ms: Option<u64>,
+    /// The longest gap between two tokens that prompts of others may cause, in milliseconds, as far as steps can be cut that
+    /// short. `None` is the engine's own limit.
+    pub max_itl_ms: Option<u64>,
 }
 
 impl Default for Request {
@@ -40,6 +50,10 @@ impl Default for Request {
             sampling: SamplingParams::default(),
             logprobs: None,
             cache_prompt: true,
+            client: 0,
+            priority: 0,
+            deadline_ms: None,
+            max_itl_ms: None,
         }
     }
 }

@@ -18,6 +18,7 @@ pub(crate) struct Shared {
     running: AtomicU64,
     cells_used: AtomicU64,
     cells_cached: AtomicU64,
+    parked_bytes: AtomicU64,
     totals: Totals,
     /// Mean time of a request in microseconds, for Retry-After.
     request_us: AtomicU64,
@@ -37,6 +38,8 @@ struct Totals {
     cancelled: AtomicU64,
     failed: AtomicU64,
     failed_steps: AtomicU64,
+    preempted: AtomicU64,
+    restored_tokens: AtomicU64,
 }
 
 /// How many requests and prompt tokens may wait.
@@ -58,6 +61,7 @@ impl Shared {
             running: AtomicU64::default(),
             cells_used: AtomicU64::default(),
             cells_cached: AtomicU64::default(),
+            parked_bytes: AtomicU64::default(),
             totals: Totals::default(),
             request_us: AtomicU64::default(),
             step_began_us: AtomicU64::default(),
@@ -81,6 +85,9 @@ impl Shared {
             cancelled_total: totals.cancelled.load(Relaxed),
             failed_total: totals.failed.load(Relaxed),
             failed_steps_total: totals.failed_steps.load(Relaxed),
+            preempted_total: totals.preempted.load(Relaxed),
+            restored_tokens_total: totals.restored_tokens.load(Relaxed),
+            host_cache_bytes: self.parked_bytes.load(Relaxed),
         }
     }
 
@@ -184,6 +191,19 @@ impl Shared {
 
     pub(crate) fn count_failed(&self) {
         self.totals.failed.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_preempted(&self) {
+        self.totals.preempted.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_restored(&self, n_tokens: u64) {
+        self.totals.restored_tokens.fetch_add(n_tokens, Relaxed);
+    }
+
+    /// Bytes of host memory that hold copies of sequences.
+    pub(crate) fn publish_parked(&self, bytes: u64) {
+        self.parked_bytes.store(bytes, Relaxed);
     }
 
     pub(crate) fn count_failed_step(&self) {

@@ -10,6 +10,9 @@ use std::time::Duration;
 use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, StepError, Tokenizer};
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
+use crate::scheduler::Policy;
+use crate::serving::{CacheIsolation, Serving};
+use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
 
 /// Ends a generation.
@@ -52,6 +55,25 @@ pub struct SimConfig {
     pub max_queued_requests: usize,
     /// Prompt tokens that may wait.
     pub max_queued_tokens: usize,
+    /// The longest gap between two tokens that prompts of others may cause, in milliseconds.
+    pub max_itl_ms: Option<u64>,
+    /// Host memory for what sequences held when they had to give their cells away, in bytes.
+    pub host_cache_bytes: u64,
+    /// Who shares the cells of equal beginnings.
+    pub cache_isolation: CacheIsolation,
+}
+
+impl SimConfig {
+    pub(crate) fn serving(&self) -> Serving {
+        Serving {
+            queue: QueueLimits { requests: self.max_queued_requests, tokens: self.max_queued_tokens },
+            policy: Policy {
+                max_itl_us: self.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
+                host_cache_bytes: self.host_cache_bytes,
+            },
+            isolation: self.cache_isolation,
+        }
+    }
 }
 
 impl Default for SimConfig {
@@ -70,6 +92,9 @@ impl Default for SimConfig {
             fail_every_steps: None,
             max_queued_requests: 256,
             max_queued_tokens: 1 << 20,
+            max_itl_ms: None,
+            host_cache_bytes: 1 << 20,
+            cache_isolation: CacheIsolation::None,
         }
     }
 }
@@ -174,6 +199,8 @@ impl Backend for SimBackend {
             n_cells,
             unified: config.unified,
             stream_bytes: 0,
+            cell_bytes: size_of::<TokenId>() as u64,
+            state_bytes: 0,
             keeps_beginnings: true, // or says that it cannot, when it is asked to: `cannot_cut`
             n_batch: config.n_batch,
             n_ubatch: config.n_batch,
@@ -224,5 +251,16 @@ impl Backend for SimBackend {
         assert_ne!(src, dst, "a copy onto itself");
         self.seqs[dst as usize].tokens = self.seqs[src as usize].tokens.clone();
         self.truncate(dst, n_tokens)
+    }
+
+    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+        Some(self.seqs[seq as usize].tokens.iter().flat_map(|token| token.to_le_bytes()).collect())
+    }
+
+    fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
+        let (tokens, rest) = state.as_chunks();
+        assert!(rest.is_empty(), "a state of {} bytes", state.len());
+        self.seqs[seq as usize].tokens = tokens.iter().map(|&bytes| TokenId::from_le_bytes(bytes)).collect();
+        true
     }
 }

@@ -45,6 +45,14 @@ impl Backend for Slowed {
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool {
         self.inner.copy(src, dst, n_tokens)
     }
+
+    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+        self.inner.save(seq)
+    }
+
+    fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
+        self.inner.restore(seq, state)
+    }
 }
 
 #[cfg(test)]
@@ -65,6 +73,8 @@ mod tests {
                 n_cells: 8,
                 unified: false,
                 stream_bytes: 0,
+                cell_bytes: 1,
+                state_bytes: 0,
                 keeps_beginnings: true,
                 n_batch: 8,
                 n_ubatch: 8,
@@ -88,6 +98,14 @@ mod tests {
         fn copy(&mut self, src: SeqId, _dst: SeqId, _n_tokens: u32) -> bool {
             src == 1
         }
+
+        fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+            (seq == 1).then(|| vec![7])
+        }
+
+        fn restore(&mut self, _seq: SeqId, state: &[u8]) -> bool {
+            state == [7]
+        }
     }
 
     #[test]
@@ -100,5 +118,7 @@ mod tests {
         assert_eq!((slowed.logits(3), slowed.logits(2)), (Some(&[0.5, 0.25][..]), None));
         assert_eq!((slowed.truncate(0, 1), slowed.truncate(0, 2)), (true, false));
         assert_eq!((slowed.copy(1, 0, 0), slowed.copy(0, 1, 0)), (true, false));
+        assert_eq!((slowed.save(1), slowed.save(0)), (Some(vec![7]), None));
+        assert_eq!((slowed.restore(0, &[7]), slowed.restore(0, &[8])), (true, false));
     }
 }

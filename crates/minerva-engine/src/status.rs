@@ -118,6 +118,12 @@ pub struct EngineStats {
     pub failed_total: u64,
     /// Steps that the backend failed to compute.
     pub failed_steps_total: u64,
+    /// Sequences that had to give their seat to somebody else and wait again.
+    pub preempted_total: u64,
+    /// Tokens whose cells came back from host memory.
+    pub restored_tokens_total: u64,
+    /// Host memory that holds copies of sequences, in bytes.
+    pub host_cache_bytes: u64,
 }
 
 /// The build: what a bug report should say.

@@ -5,12 +5,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
-use crate::scheduler::{Admission, CacheOp, Copy, Job, RequestId, Scheduler, Step};
+use crate::parking::Parking;
+use crate::scheduler::{Admission, CacheOp, Copy, Job, Policy, RequestId, Scheduler, Step, Terms};
 use crate::shared::Shared;
 
 /// What other threads ask of the engine thread.
@@ -33,21 +34,26 @@ pub(crate) struct Worker {
     generations: HashMap<RequestId, Generation>,
     /// Which request runs in each sequence.
     owners: Vec<Option<RequestId>>,
+    parking: Parking,
+    /// When this engine began: the scheduler's clock counts from here.
+    start: Instant,
     mailbox: Receiver<Command>,
     shared: Arc<Shared>,
     step: Step,
 }
 
 impl Worker {
-    pub(crate) fn new(loaded: Loaded, mailbox: Receiver<Command>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(loaded: Loaded, policy: Policy, mailbox: Receiver<Command>, shared: Arc<Shared>) -> Self {
         let limits = loaded.backend.limits();
         Self {
             backend: loaded.backend,
             tokenizer: loaded.tokenizer,
             n_vocab: limits.n_vocab,
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::new(limits, policy),
             generations: HashMap::new(),
             owners: vec![None; limits.n_seq_max as usize],
+            parking: Parking::default(),
+            start: Instant::now(),
             mailbox,
             shared,
             step: Step::default(),
@@ -85,13 +91,8 @@ impl Worker {
     fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Submit(id, accepted) => {
-                self.scheduler.enqueue(Job {
-                    id,
-                    prompt: accepted.prompt.clone(),
-                    n: accepted.request.n,
-                    max_tokens: accepted.max_tokens,
-                    reuse: accepted.request.cache_prompt,
-                });
+                let job = self.job(id, &accepted);
+                self.scheduler.enqueue(job, self.clock_us(Instant::now()));
                 let generation = Generation::new(*accepted, &*self.tokenizer, self.n_vocab);
                 self.generations.insert(id, generation);
             }
@@ -101,22 +102,46 @@ impl Worker {
         true
     }
 
+    fn job(&self, id: RequestId, accepted: &Accepted) -> Job {
+        let request = &accepted.request;
+        let deadline = request.deadline_ms.map(|ms| accepted.submitted + Duration::from_millis(ms));
+        Job {
+            id,
+            prompt: accepted.prompt.clone(),
+            n: request.n,
+            max_tokens: accepted.max_tokens,
+            reuse: request.cache_prompt,
+            terms: Terms {
+                client: request.client,
+                namespace: accepted.namespace,
+                priority: request.priority,
+                deadline_us: deadline.map(|deadline| self.clock_us(deadline)),
+                max_itl_us: request.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
+            },
+        }
+    }
+
+    /// The scheduler's clock.
+    fn clock_us(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.start).as_micros() as u64
+    }
+
     fn cancel(&mut self, id: RequestId) {
         let Some(generation) = self.generations.remove(&id) else { return };
-        if self.scheduler.remove_waiting(id) {
-            self.shared.left_queue(generation.n_prompt());
-        } else {
-            self.free(&generation);
-        }
+        self.free(id, &generation);
         self.shared.count_cancelled();
         self.publish();
     }
 
-    /// Gives back the sequences of a request that ends before all its choices did.
-    fn free(&mut self, generation: &Generation) {
+    /// Gives back the sequences of a request that ends before all its choices did, or its place in the queue.
+    fn free(&mut self, id: RequestId, generation: &Generation) {
+        if self.scheduler.remove_waiting(id) {
+            self.shared.left_queue(generation.n_prompt());
+        }
         for seq in generation.running_seqs() {
             self.release(seq);
         }
+        self.parking.drop_all(self.scheduler.dropped());
     }
 
     fn release(&mut self, seq: SeqId) {
@@ -127,8 +152,10 @@ impl Worker {
     /// One turn: admit, compute, sample.
     fn turn(&mut self) {
         let began = Instant::now();
+        let now_us = self.clock_us(began);
+        self.expire(now_us, began);
         self.copy_prefixes();
-        while let Some(admission) = self.scheduler.admit() {
+        while let Some(admission) = self.scheduler.admit(now_us) {
             self.seat(admission, began);
             self.copy_prefixes();
         }
@@ -163,39 +190,84 @@ impl Worker {
         step_us
     }
 
+    /// Ends the requests whose deadline was over before they could begin.
+    fn expire(&mut self, now_us: u64, now: Instant) {
+        for id in self.scheduler.expired(now_us) {
+            let Some(generation) = self.generations.get(&id) else { continue };
+            self.shared.left_queue(generation.n_prompt());
+            let waited_ms = generation.waited(now).as_millis() as u64;
+            let deadline_ms = generation.deadline_ms().unwrap_or_default();
+            self.fail(id, GenerationError::DeadlineExpired { deadline_ms, waited_ms });
+        }
+    }
+
     fn seat(&mut self, admission: Admission, now: Instant) {
-        let Admission { id, seqs, n_cached, ops } = admission;
+        let Admission { id, seqs, n_cached, resumes, preempted, ops } = admission;
+        for seq in preempted {
+            let owner = self.owners[seq as usize].take();
+            if let Some(generation) = owner.and_then(|owner| self.generations.get_mut(&owner)) {
+                generation.pause(seq);
+            }
+            self.shared.count_preempted();
+        }
         let first = seqs.first().copied();
         for &seq in &seqs {
             self.owners[seq as usize] = Some(id);
         }
         if let Some(generation) = self.generations.get_mut(&id) {
-            self.shared.left_queue(generation.n_prompt());
-            generation.start(seqs, n_cached, now);
+            if let (Some(choice), Some(seq)) = (resumes, first) {
+                generation.resume(choice, seq);
+            } else {
+                self.shared.left_queue(generation.n_prompt());
+                generation.start(seqs, n_cached, now);
+            }
         }
-        let mut is_there = true;
+        self.change_cache(ops, |worker, seq| {
+            worker.scheduler.forget_prefix(seq);
+            if let Some(generation) = worker.generations.get_mut(&id).filter(|_| Some(seq) == first) {
+                generation.set_cached(0);
+            }
+        });
+        self.parking.drop_all(self.scheduler.dropped());
+        if resumes.is_none() {
+            let n_cached = self.generations.get(&id).map_or(0, Generation::n_cached);
+            self.shared.count_cached(u64::from(n_cached));
+        }
+    }
+
+    /// Does what an admission wants done with the cache; `lost` is called for a sequence that holds nothing now but should.
+    fn change_cache(&mut self, ops: Vec<CacheOp>, lost: impl Fn(&mut Self, SeqId)) {
+        let mut is_moved = true;
         for op in ops {
-            let (seq, n_tokens) = match op {
-                CacheOp::Keep { seq, n_tokens } => (seq, n_tokens),
+            match op {
+                CacheOp::Keep { seq, n_tokens } => {
+                    // False when this kind of memory cannot be cut there. The sequence is empty then.
+                    if !self.backend.truncate(seq, n_tokens) && n_tokens > 0 {
+                        lost(self, seq);
+                    }
+                }
                 CacheOp::Move { src, dst, n_tokens } => {
                     // What did not get there cannot go on from there.
-                    is_there = is_there && self.backend.copy(src, dst, n_tokens);
-                    if !is_there {
+                    is_moved = is_moved && self.backend.copy(src, dst, n_tokens);
+                    if !is_moved {
                         self.scheduler.move_failed(dst);
                     }
-                    continue;
                 }
-            };
-            if !self.backend.truncate(seq, n_tokens) && n_tokens > 0 {
-                // This kind of memory cannot be cut there. The sequence is empty now.
-                self.scheduler.forget_prefix(seq);
-                if let Some(generation) = self.generations.get_mut(&id).filter(|_| Some(seq) == first) {
-                    generation.set_cached(0);
+                // It may be what a move lost.
+                CacheOp::Park { at, .. } if !is_moved => self.scheduler.park_lost(at),
+                CacheOp::Park { seq, at, .. } => match self.backend.save(seq) {
+                    Some(state) => self.parking.keep(at, state),
+                    None => self.scheduler.park_failed(at),
+                },
+                CacheOp::Unpark { at, seq, n_tokens } => {
+                    if self.parking.get(at).is_some_and(|state| self.backend.restore(seq, state)) {
+                        self.shared.count_restored(u64::from(n_tokens));
+                    } else {
+                        lost(self, seq);
+                    }
                 }
             }
         }
-        let n_cached = self.generations.get(&id).map_or(0, Generation::n_cached);
-        self.shared.count_cached(u64::from(n_cached));
     }
 
     fn copy_prefixes(&mut self) {
@@ -208,10 +280,10 @@ impl Worker {
                 continue;
             }
             let owner = self.owners[dst as usize];
-            if let Some(generation) = owner.and_then(|id| self.generations.get_mut(&id)) {
-                generation.set_cached(n_tokens);
+            let generation = owner.and_then(|id| self.generations.get_mut(&id));
+            if generation.is_some_and(|generation| generation.set_cached(n_tokens)) {
+                self.shared.count_cached(u64::from(n_tokens));
             }
-            self.shared.count_cached(u64::from(n_tokens));
         }
     }
 
@@ -271,7 +343,7 @@ impl Worker {
     fn fail(&mut self, id: RequestId, error: GenerationError) {
         let Some(generation) = self.generations.remove(&id) else { return };
         tracing::warn!(request = id, "request failed: {error}");
-        self.free(&generation);
+        self.free(id, &generation);
         self.shared.count_failed();
         self.publish();
         generation.fail(error);
@@ -301,6 +373,7 @@ impl Worker {
         let (used, cached) = self.scheduler.cells();
         let (queued, _) = self.scheduler.queued();
         self.shared.publish((self.generations.len() - queued) as u64, used, cached);
+        self.shared.publish_parked(self.parking.bytes());
     }
 }
 

@@ -1,5 +1,7 @@
 //! The KV cache of a context, sequence by sequence, and its bytes.
 
+use std::ptr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{CallError, call};
@@ -98,6 +100,46 @@ impl Context {
             self.clear_seq(dst)?;
         }
         Ok(cut)
+    }
+
+    /// All that `seq` holds, as bytes that [`restore_seq`](Self::restore_seq) takes: cells that are in use, and recurrent state.
+    ///
+    /// # Errors
+    /// [`CallError::Argument`] for a sequence that does not exist; [`CallError`] when there is no memory for the copy.
+    #[doc(alias = "llama_state_seq_get_data")]
+    pub fn save_seq(&mut self, seq: u32) -> Result<Vec<u8>, CallError> {
+        let seq = self.checked_seq(seq)?;
+        let mut n_bytes = 0;
+        // SAFETY: a live context and a checked sequence; without a buffer the shim only says how many bytes are needed.
+        call(|error| unsafe { sys::mnv_state_seq_get(self.raw(), seq, ptr::null_mut(), &raw mut n_bytes, error) })?;
+        let mut state = Vec::new();
+        let no_memory = |_| CallError::Refused(format!("no memory for {n_bytes} bytes"));
+        state.try_reserve_exact(n_bytes).map_err(no_memory)?;
+        state.resize(n_bytes, 0);
+        // SAFETY: as before, and the buffer has `n_bytes` bytes.
+        call(|error| unsafe { sys::mnv_state_seq_get(self.raw(), seq, state.as_mut_ptr(), &raw mut n_bytes, error) })?;
+        if n_bytes == 0 {
+            return Err(CallError::Refused("llama.cpp wrote no state".into()));
+        }
+        state.truncate(n_bytes);
+        Ok(state)
+    }
+
+    /// Makes `seq` hold what [`save_seq`](Self::save_seq) returned from a context of the same model and settings. `false` when there is
+    /// no room for it: the sequence is then empty, or to be cleared.
+    ///
+    /// # Errors
+    /// [`CallError::Argument`] for a sequence that does not exist.
+    #[doc(alias = "llama_state_seq_set_data")]
+    pub fn restore_seq(&mut self, seq: u32, state: &[u8]) -> Result<bool, CallError> {
+        self.clear_seq(seq)?;
+        let seq = self.checked_seq(seq)?;
+        let mut restored = false;
+        // SAFETY: a live context, a checked sequence and a buffer of `state.len()` bytes, which is only read.
+        call(|error| unsafe {
+            sys::mnv_state_seq_set(self.raw(), seq, state.as_ptr(), state.len(), &raw mut restored, error)
+        })?;
+        Ok(restored)
     }
 
     /// Whether a token at `from` would still find all that its window reaches back to. llama.cpp cuts without asking: what is

@@ -49,12 +49,16 @@ impl LlamaBackend {
 impl Backend for LlamaBackend {
     fn limits(&self) -> BackendLimits {
         let kv_bytes: u64 = self.memory_bytes().iter().map(|device| device.kv_bytes).sum();
+        // A recurrent model has a state of fixed size in each sequence, whatever its length; of a hybrid both are counted.
+        let is_recurrent = self.context.model().is_recurrent();
         BackendLimits {
             n_seq_max: self.context.n_seq_max(),
             n_cells_per_seq: self.context.n_ctx_seq(),
             n_cells: self.context.n_ctx(),
             unified: self.context.kv_unified(),
             stream_bytes: if self.context.kv_unified() { 0 } else { kv_bytes / u64::from(self.context.n_seq_max()) },
+            cell_bytes: kv_bytes.div_ceil(u64::from(self.context.n_ctx()).max(1)),
+            state_bytes: if is_recurrent { kv_bytes / u64::from(self.context.n_seq_max()) } else { 0 },
             keeps_beginnings: self.context.keeps_beginnings(),
             n_batch: self.context.n_batch(),
             n_ubatch: self.context.n_ubatch(),
@@ -89,5 +93,18 @@ impl Backend for LlamaBackend {
 
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool {
         self.context.copy_seq(src, dst, n_tokens).unwrap_or(false)
+    }
+
+    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+        let saved = self.context.save_seq(seq);
+        saved.inspect_err(|error| tracing::warn!("what a sequence holds cannot be copied out: {error}")).ok()
+    }
+
+    fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
+        let is_there = self.context.restore_seq(seq, state).unwrap_or(false);
+        if !is_there {
+            let _ = self.context.clear_seq(seq); // the sequence exists, and emptying it never fails
+        }
+        is_there
     }
 }

@@ -13,35 +13,23 @@
 //! - A step never holds more rows than the backend takes, and a sequence's rows are in order and without gaps.
 
 mod budget;
+mod cost;
+mod job;
+mod parked;
+mod queue;
 mod seats;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
-
-pub use budget::Budget;
+pub use budget::{Budget, Demand};
+pub use cost::Work;
+pub use job::{ClientId, Job, Policy, RequestId, Terms};
+pub use parked::ParkId;
+use queue::Queue;
 use seats::Seats;
 
 use crate::backend::{BackendLimits, Row, SeqId};
 use crate::request::TokenId;
-
-/// A request's number, unique within an engine.
-pub type RequestId = u64;
-
-/// What the scheduler knows of a request.
-#[derive(Debug, Clone)]
-pub struct Job {
-    /// The request.
-    pub id: RequestId,
-    /// Its prompt; at least one token.
-    pub prompt: Vec<TokenId>,
-    /// Continuations, each in a sequence of its own; at most `n_seq_max`.
-    pub n: u32,
-    /// The most tokens of each continuation; prompt and continuation fit in one sequence.
-    pub max_tokens: u32,
-    /// Whether cells of other requests may be reused.
-    pub reuse: bool,
-}
 
 /// A change of the cache that has to happen before the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +49,26 @@ pub enum CacheOp {
         /// Where it is wanted.
         dst: SeqId,
         /// Tokens that it holds.
+        n_tokens: u32,
+    },
+    /// What a sequence holds is copied to host memory; it stays where it is. When the backend cannot, call
+    /// [`Scheduler::park_failed`].
+    Park {
+        /// The sequence.
+        seq: SeqId,
+        /// Its name there, until it is among [`Scheduler::dropped`].
+        at: ParkId,
+        /// Tokens that it holds.
+        n_tokens: u32,
+    },
+    /// A sequence gets what was copied to host memory, and nothing else. When the backend cannot, call
+    /// [`Scheduler::forget_prefix`].
+    Unpark {
+        /// Its name there.
+        at: ParkId,
+        /// The sequence.
+        seq: SeqId,
+        /// Tokens that it holds then.
         n_tokens: u32,
     },
 }
@@ -86,7 +94,11 @@ pub struct Admission {
     pub seqs: Vec<SeqId>,
     /// Prompt tokens whose cells are reused.
     pub n_cached: u32,
-    /// What to do with the cache, in order.
+    /// The choice that goes on in the only sequence, when it had to give its seat away before.
+    pub resumes: Option<u32>,
+    /// Sequences that were taken from others for it; they wait again.
+    pub preempted: Vec<SeqId>,
+    /// What to do with the cache, in order, once the preempted are out of their sequences.
     pub ops: Vec<CacheOp>,
 }
 
@@ -123,47 +135,54 @@ impl Step {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: BackendLimits,
-    waiting: VecDeque<Job>,
-    waiting_tokens: usize,
+    policy: Policy,
+    queue: Queue,
     seats: Seats,
     budget: Budget,
+    /// The order in which prompts get their share of a step; here for its room.
+    prompts: Vec<SeqId>,
 }
 
 impl Scheduler {
     /// An empty schedule over a backend of these sizes.
-    pub fn new(limits: BackendLimits) -> Self {
+    pub fn new(limits: BackendLimits, policy: Policy) -> Self {
         Self {
             limits,
-            waiting: VecDeque::new(),
-            waiting_tokens: 0,
-            seats: Seats::new(limits),
+            policy,
+            queue: Queue::default(),
+            seats: Seats::new(limits, policy),
             budget: Budget::new(limits),
+            prompts: Vec::new(),
         }
     }
 
-    /// Puts a request at the end of the queue.
-    pub fn enqueue(&mut self, job: Job) {
-        self.waiting_tokens += job.prompt.len();
-        self.waiting.push_back(job);
+    /// Puts a request into the queue. `now_us` is a clock that only goes forward.
+    pub fn enqueue(&mut self, job: Job, now_us: u64) {
+        self.queue.push(job, now_us);
     }
 
-    /// Removes a waiting request. `false` when it does not wait.
+    /// Removes what waits of a request. `true` when it had not begun.
     pub fn remove_waiting(&mut self, id: RequestId) -> bool {
-        let Some(place) = self.waiting.iter().position(|job| job.id == id) else { return false };
-        if let Some(job) = self.waiting.remove(place) {
-            self.waiting_tokens -= job.prompt.len();
+        let (was_new, parked) = self.queue.remove(id);
+        for at in parked {
+            self.seats.parked.forget(at);
         }
-        true
+        was_new
     }
 
-    /// Waiting requests, and their prompt tokens.
+    /// Requests that have not begun and whose deadline is over: they are out of the queue.
+    pub fn expired(&mut self, now_us: u64) -> Vec<RequestId> {
+        self.queue.expired(now_us)
+    }
+
+    /// Requests that have not begun, and their prompt tokens.
     pub fn queued(&self) -> (usize, usize) {
-        (self.waiting.len(), self.waiting_tokens)
+        self.queue.n_new()
     }
 
     /// Whether nothing runs and nothing waits.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && !self.seats.any_busy()
+        self.queue.is_empty() && !self.seats.any_busy()
     }
 
     /// Cells held by running sequences, and cells left by finished ones.
@@ -171,15 +190,40 @@ impl Scheduler {
         self.seats.cells()
     }
 
-    /// Seats the first waiting request, if there is room for it. Call until it returns `None`.
-    pub fn admit(&mut self) -> Option<Admission> {
-        let job = self.waiting.front()?;
-        if !self.seats.has_room(job) {
-            return None; // first come, first served: nobody overtakes a large request
+    /// Bytes that the copies in host memory should take.
+    pub fn parked_bytes(&self) -> u64 {
+        self.seats.parked.bytes()
+    }
+
+    /// Seats the request that is next, if there is room for it or others have to yield. Call until it returns `None`.
+    pub fn admit(&mut self, now_us: u64) -> Option<Admission> {
+        let next = self.queue.next(now_us, |client| self.seats.n_running(client))?;
+        // Nobody overtakes a large request that waits for more room.
+        let victims = self.seats.victims(&self.queue.at(next).job)?;
+        let mut ops = Vec::new();
+        for &seq in &victims {
+            if let Some((job, resume)) = self.seats.preempt(seq, &mut ops) {
+                self.queue.push_back(job, resume);
+            }
         }
-        let job = self.waiting.pop_front()?;
-        self.waiting_tokens -= job.prompt.len();
-        Some(self.seats.seat(&job))
+        let waiting = self.queue.admit(next);
+        let admission = self.seats.seat(&waiting, &mut ops);
+        Some(Admission { preempted: victims, ops, ..admission })
+    }
+
+    /// Copies in host memory that nobody needs any more; their room is counted as free already.
+    pub fn dropped(&mut self) -> Vec<ParkId> {
+        self.seats.parked.take_dropped()
+    }
+
+    /// There is nothing to copy to host memory: what the sequence should hold was lost.
+    pub fn park_lost(&mut self, at: ParkId) {
+        self.seats.parked.forget(at);
+    }
+
+    /// The backend could not copy a sequence to host memory, and will not be able to copy others.
+    pub fn park_failed(&mut self, at: ParkId) {
+        self.seats.parked.failed(at);
     }
 
     /// The backend could not keep a sequence's prefix: its whole prompt is computed.
@@ -216,8 +260,10 @@ impl Scheduler {
         step.rows.sort_unstable_by_key(|row| row.seq);
         step.outputs.extend(step.rows.iter().enumerate().map(|(row, decoded)| Output { row, seq: decoded.seq }));
         let n_decode = step.rows.len();
-        let mut left = self.budget.prefill_tokens(n_decode, self.seats.n_unfinished_prompts()).min(n_batch - n_decode);
-        for (seq, seat) in self.seats.prefilling() {
+        self.seats.prefilling(&mut self.prompts);
+        let mut left = self.budget.prefill_tokens(self.demand(step)).min(n_batch - n_decode);
+        for &seq in &self.prompts {
+            let seat = self.seats.seat_of(seq);
             let rest = seat.rest_of_prompt();
             let n = rest.len().min(left);
             for (i, &token) in rest[..n].iter().enumerate() {
@@ -235,12 +281,36 @@ impl Scheduler {
         step.n_prefill = step.rows.len() - n_decode;
     }
 
+    /// What the rows that decode, and the prompts beside them, ask of a step.
+    fn demand(&self, step: &Step) -> Demand {
+        let streams = step.rows.iter().map(|row| self.seats.seat_of(row.seq).terms());
+        Demand {
+            n_decode: step.rows.len(),
+            n_decode_cells: step.rows.iter().map(|row| u64::from(row.pos)).sum(),
+            n_prompts: self.seats.n_unfinished_prompts(),
+            prefill_pos: self.prompts.first().map_or(0, |&seq| self.seats.seat_of(seq).n_cells()),
+            max_itl_us: streams.filter_map(|terms| terms.max_itl_us.or(self.policy.max_itl_us)).min(),
+        }
+    }
+
     /// The step was computed and took `step_us` microseconds: its rows are in the cache.
     pub fn computed(&mut self, step: &Step, step_us: u64) {
         for row in &step.rows {
             self.seats.computed(row);
         }
-        self.budget.learn(step.rows.len() - step.n_prefill, step.n_prefill, step_us);
+        self.seats.count_step();
+        let (decode, prefill) = step.rows.split_at(step.rows.len() - step.n_prefill);
+        let cells = |rows: &[Row]| rows.iter().map(|row| u64::from(row.pos)).sum::<u64>();
+        self.budget.learn(
+            Work {
+                n_decode: decode.len(),
+                n_decode_cells: cells(decode),
+                n_prefill: prefill.len(),
+                prefill_pos: cells(prefill) as f64 / prefill.len().max(1) as f64,
+            },
+            step_us,
+        );
+        self.seats.parked.learn(self.budget.prefill_token_us());
     }
 
     /// The prompt of a request with several choices is computed in `seq`: the sequences that need a copy of it.

@@ -1,11 +1,15 @@
 //! The sequences of the cache: who sits where, what each one holds, and how many cells are promised.
 
 mod places;
+mod preempt;
 mod sharing;
 
 use sharing::Source;
 
-use super::{Admission, CacheOp, Job, RequestId};
+use super::job::{ClientId, Job, Policy, RequestId, Terms};
+use super::parked::Parked;
+use super::queue::Waiting;
+use super::{Admission, CacheOp};
 use crate::backend::{BackendLimits, Row, SeqId};
 use crate::request::TokenId;
 
@@ -13,6 +17,15 @@ use crate::request::TokenId;
 #[derive(Debug, Default)]
 pub(super) struct Seat {
     owner: Option<RequestId>,
+    /// Which of the owner's continuations.
+    choice: u32,
+    /// Those of the owner, or of the last one.
+    terms: Terms,
+    reuse: bool,
+    /// The owner's place in the queue, should it have to go back there.
+    queued: (u64, u64),
+    /// Steps since the owner came here.
+    n_steps: u32,
     tokens: Vec<TokenId>,
     n_cells: usize,
     n_prompt: usize,
@@ -34,6 +47,10 @@ impl Seat {
 
     pub(super) fn last_token(&self) -> TokenId {
         self.tokens[self.n_cells]
+    }
+
+    pub(super) fn terms(&self) -> &Terms {
+        &self.terms
     }
 
     pub(super) fn rest_of_prompt(&self) -> &[TokenId] {
@@ -65,6 +82,7 @@ pub(super) struct Seats {
     /// Busy seats in order of admission, so that a step is fair.
     order: Vec<SeqId>,
     limits: BackendLimits,
+    pub(super) parked: Parked,
     stamp: u64,
     /// No copy has failed yet.
     can_copy: bool,
@@ -73,9 +91,16 @@ pub(super) struct Seats {
 }
 
 impl Seats {
-    pub(super) fn new(limits: BackendLimits) -> Self {
-        let all = (0..limits.n_seq_max).map(|_| Seat::default()).collect();
-        Self { all, order: Vec::new(), limits, stamp: 0, can_copy: limits.keeps_beginnings, can_move: true }
+    pub(super) fn new(limits: BackendLimits, policy: Policy) -> Self {
+        Self {
+            all: (0..limits.n_seq_max).map(|_| Seat::default()).collect(),
+            order: Vec::new(),
+            limits,
+            parked: Parked::new(limits, policy.host_cache_bytes),
+            stamp: 0,
+            can_copy: limits.keeps_beginnings,
+            can_move: true,
+        }
     }
 
     fn at(&mut self, seq: SeqId) -> &mut Seat {
@@ -94,8 +119,35 @@ impl Seats {
         self.busy().filter(|(_, seat)| seat.is_decoding())
     }
 
-    pub(super) fn prefilling(&self) -> impl Iterator<Item = (SeqId, &Seat)> {
-        self.busy().filter(|(_, seat)| seat.is_prefilling())
+    /// Prompts that can be computed now, in the order in which they get their share of a step: by priority, then by how many
+    /// sequences the client has, then the shortest rest first. Who has waited moves up, so that long prompts get on too.
+    pub(super) fn prefilling(&self, order: &mut Vec<SeqId>) {
+        // Prompt tokens that a prompt is ahead of others for each step that it has been here.
+        let aging_tokens = i64::from((self.limits.n_ubatch / 16).max(1));
+        order.clear();
+        order.extend(self.busy().filter(|(_, seat)| seat.is_prefilling()).map(|(seq, _)| seq));
+        order.sort_by_cached_key(|&seq| {
+            let seat = &self.all[seq as usize];
+            let rest = seat.rest_of_prompt().len() as i64 - aging_tokens * i64::from(seat.n_steps);
+            (seat.terms.priority, self.n_running(seat.terms.client), rest, seat.stamp)
+        });
+    }
+
+    pub(super) fn seat_of(&self, seq: SeqId) -> &Seat {
+        &self.all[seq as usize]
+    }
+
+    /// Sequences that a client has.
+    pub(super) fn n_running(&self, client: ClientId) -> usize {
+        self.busy().filter(|(_, seat)| seat.terms.client == client).count()
+    }
+
+    /// One more step is computed.
+    pub(super) fn count_step(&mut self) {
+        for &seq in &self.order {
+            let seat = &mut self.all[seq as usize];
+            seat.n_steps = seat.n_steps.saturating_add(1);
+        }
     }
 
     /// Prompts that are not computed yet, those that wait for a beginning included.
@@ -116,53 +168,79 @@ impl Seats {
         job.prompt.len() + job.max_tokens as usize
     }
 
-    /// Whether there are seats, and with one pool of cells also cells, for all choices. Cells of finished sequences
-    /// count as free: seating evicts them where needed.
-    pub(super) fn has_room(&self, job: &Job) -> bool {
-        let n_free = self.all.iter().filter(|seat| seat.owner.is_none()).count();
+    /// Whether there are seats, and with one pool of cells also cells, for all choices, once some sequences are gone. Cells of
+    /// finished sequences count as free: seating evicts them where needed.
+    fn has_room_without(&self, job: &Job, gone: &[SeqId]) -> bool {
+        let stays = |(seq, _): &(SeqId, &Seat)| !gone.contains(seq);
+        let n_free = self.all.len() - self.busy().filter(stays).count();
         if n_free < job.n as usize {
             return false;
         }
-        let promised: usize = self.busy().map(|(_, seat)| seat.reserved).sum();
+        let promised: usize = self.busy().filter(stays).map(|(_, seat)| seat.reserved).sum();
         !self.limits.unified || promised + Self::need(job) * job.n as usize <= self.limits.n_cells as usize
     }
 
-    /// Gives `job` its seats: for the first choice the free one that shares most of the prompt, or any beside another one that shares
-    /// more; then any.
-    pub(super) fn seat(&mut self, job: &Job) -> Admission {
-        let mut ops = Vec::new();
+    /// Gives a request its seats: for the first choice the free one that shares most of the prompt, or any beside another one that
+    /// shares more; then any. A prompt of which more lies in host memory gets it from there.
+    pub(super) fn seat(&mut self, waiting: &Waiting, ops: &mut Vec<CacheOp>) -> Admission {
+        let job = &waiting.job;
         let kept = self.best_free(job);
-        let n_kept = kept.map_or(0, |seq| self.all[seq as usize].will_share(&job.prompt));
+        let n_kept = kept.map_or(0, |seq| self.all[seq as usize].will_share(&job.prompt, job.terms.namespace));
         let source = if job.reuse { self.better_source(job, kept, n_kept) } else { None };
-        let first = match (kept, source) {
-            (Some(seq), None) => Some(seq),
-            (kept, source) => self.vacate(source.map(Source::seq), &mut ops).or(kept),
+        let parked = self.better_parked(waiting, n_kept.max(source.map_or(0, Source::n_tokens)));
+        let source = source.filter(|_| parked.is_none());
+        let first = match (kept, source, parked) {
+            (Some(seq), None, None) => Some(seq),
+            _ => self.vacate(source.map(Source::seq), ops).or(kept),
         };
         let first = first.unwrap_or(0); // `has_room` said that there is one
-        let reuses = job.reuse && source.is_none();
-        let n_cached = if reuses { self.all[first as usize].will_share(&job.prompt) } else { 0 };
+        let reuses = kept == Some(first) && source.is_none() && parked.is_none();
+        let mut n_cached = if reuses { n_kept } else { 0 };
         let mut seqs = vec![first];
-        self.occupy(first, job, n_cached, &mut ops);
+        self.occupy(first, waiting, 0, n_cached, ops);
         self.at(first).source = source;
-        for _ in 1..job.n {
-            let Some(seq) = self.vacate(source.map(Source::seq), &mut ops) else { break };
-            self.occupy(seq, job, 0, &mut ops);
+        for choice in 1..job.n {
+            let Some(seq) = self.vacate(source.map(Source::seq), ops) else { break };
+            self.occupy(seq, waiting, choice, 0, ops);
             self.at(seq).waits_for_fork = true;
             self.at(first).forks.push(seq);
             seqs.push(seq);
         }
-        self.evict_for_room(&mut ops);
-        Admission { id: job.id, seqs, n_cached: n_cached as u32, ops }
+        if let Some(resume) = waiting.resume {
+            self.at(first).choice = resume.choice;
+        }
+        self.evict_for_room(ops);
+        if let Some(found) = parked {
+            n_cached = found.n_shared;
+            self.unpark(first, found, ops);
+        }
+        if let Some(own) = waiting.resume.and_then(|resume| resume.parked) {
+            self.parked.forget(own);
+        }
+        Admission {
+            id: job.id,
+            seqs,
+            n_cached: n_cached as u32,
+            resumes: waiting.resume.map(|resume| resume.choice),
+            preempted: Vec::new(),
+            ops: Vec::new(),
+        }
     }
 
-    fn occupy(&mut self, seq: SeqId, job: &Job, n_keep: usize, ops: &mut Vec<CacheOp>) {
+    fn occupy(&mut self, seq: SeqId, waiting: &Waiting, choice: u32, n_keep: usize, ops: &mut Vec<CacheOp>) {
         self.stamp += 1;
         let stamp = self.stamp;
+        let job = &waiting.job;
         let seat = self.at(seq);
         if seat.n_cells != n_keep {
             ops.push(CacheOp::Keep { seq, n_tokens: n_keep as u32 });
         }
         seat.owner = Some(job.id);
+        seat.choice = choice;
+        seat.terms = job.terms;
+        seat.reuse = job.reuse;
+        seat.queued = (waiting.since_us(), waiting.order());
+        seat.n_steps = 0;
         seat.tokens.clear();
         seat.tokens.extend_from_slice(&job.prompt);
         seat.tokens.reserve(job.max_tokens.min(4096) as usize);
@@ -191,6 +269,7 @@ impl Seats {
                 .filter(|&seq| self.all[seq as usize].owner.is_none() && self.all[seq as usize].n_cells > 0)
                 .min_by_key(|&seq| (self.is_source(seq), self.all[seq as usize].stamp));
             let Some(seq) = oldest else { return };
+            self.park_finished(seq, ops);
             self.at(seq).clear();
             ops.push(CacheOp::Keep { seq, n_tokens: 0 });
         }
@@ -199,7 +278,7 @@ impl Seats {
     /// The free seat that shares the longest prefix with the prompt, if that keeps at least half of what it holds: a few
     /// tokens in common are not worth the end of a long conversation.
     fn best_free(&self, job: &Job) -> Option<SeqId> {
-        let shares = |seat: &Seat| if job.reuse { seat.will_share(&job.prompt) } else { 0 };
+        let shares = |seat: &Seat| if job.reuse { seat.will_share(&job.prompt, job.terms.namespace) } else { 0 };
         let best = (0..self.limits.n_seq_max)
             .map(|seq| (seq, &self.all[seq as usize]))
             .filter(|(_, seat)| seat.owner.is_none() && seat.n_cells > 0)
@@ -266,6 +345,6 @@ impl Seats {
 }
 
 /// How many tokens both begin with.
-fn common(one: &[TokenId], other: &[TokenId]) -> usize {
+pub(super) fn common(one: &[TokenId], other: &[TokenId]) -> usize {
     one.iter().zip(other).take_while(|(a, b)| a == b).count()
 }

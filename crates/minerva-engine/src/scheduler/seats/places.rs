@@ -18,6 +18,7 @@ impl Seats {
     pub(super) fn vacate(&mut self, but: Option<SeqId>, ops: &mut Vec<CacheOp>) -> Option<SeqId> {
         let oldest = self.free(but).min_by_key(|&seq| self.all[seq as usize].stamp)?;
         if self.limits.unified {
+            self.park_finished(oldest, ops);
             return Some(oldest);
         }
         let wanted = self.free(but).min_by_key(|&seq| {
@@ -25,19 +26,20 @@ impl Seats {
             (std::cmp::Reverse(self.n_busy_beside(seq)), seat.stamp)
         })?;
         let n_cells = self.all[wanted as usize].n_cells;
-        if wanted == oldest || n_cells == 0 {
+        if n_cells == 0 {
             return Some(wanted);
         }
-        if !self.can_move || self.limits.stream_bytes > MOST_MOVED_BYTES {
+        self.park_finished(oldest, ops); // whose place it is in all that follows
+        if wanted == oldest || !self.can_move || self.limits.stream_bytes > MOST_MOVED_BYTES {
             return Some(oldest);
         }
         ops.push(CacheOp::Move { src: wanted, dst: oldest, n_tokens: n_cells as u32 });
         ops.push(CacheOp::Keep { seq: wanted, n_tokens: 0 });
         let seat = self.at(wanted);
-        let (tokens, stamp) = (std::mem::take(&mut seat.tokens), seat.stamp);
+        let (tokens, terms, stamp) = (std::mem::take(&mut seat.tokens), seat.terms, seat.stamp);
         seat.clear();
         let seat = self.at(oldest);
-        (seat.tokens, seat.n_cells, seat.stamp) = (tokens, n_cells, stamp);
+        (seat.tokens, seat.n_cells, seat.terms, seat.stamp) = (tokens, n_cells, terms, stamp);
         Some(wanted)
     }
 

@@ -16,12 +16,20 @@ impl Source {
     pub(super) fn seq(self) -> SeqId {
         self.seq
     }
+
+    pub(super) fn n_tokens(self) -> usize {
+        self.n_tokens
+    }
 }
 
 impl Seat {
     /// Tokens of `prompt` that the seat holds or will hold whatever happens to be sampled, compared one by one. One less than the prompt at most:
     /// the last token has to be computed for its scores.
-    pub(super) fn will_share(&self, prompt: &[TokenId]) -> usize {
+    /// None across namespaces.
+    pub(super) fn will_share(&self, prompt: &[TokenId], namespace: u64) -> usize {
+        if self.terms.namespace != namespace {
+            return 0;
+        }
         let n_sure = if self.owner.is_some() { self.n_prompt.max(self.n_cells) } else { self.n_cells };
         common(&self.tokens[..n_sure.min(self.tokens.len())], prompt).min(prompt.len() - 1)
     }
@@ -41,11 +49,18 @@ impl Seats {
 
     /// The seat that shares most of `prompt`, if that is at least `least` tokens: a free one, or one that was admitted before
     /// `stamp`.
-    fn best_source(&self, prompt: &[TokenId], except: Option<SeqId>, stamp: u64, least: usize) -> Option<Source> {
+    fn best_source(
+        &self,
+        prompt: &[TokenId],
+        namespace: u64,
+        except: Option<SeqId>,
+        stamp: u64,
+        least: usize,
+    ) -> Option<Source> {
         (0..self.limits.n_seq_max)
             .map(|seq| (seq, &self.all[seq as usize]))
             .filter(|(seq, seat)| Some(*seq) != except && seat.is_before(stamp))
-            .map(|(seq, seat)| (seat.will_share(prompt), std::cmp::Reverse(seat.stamp), seq))
+            .map(|(seq, seat)| (seat.will_share(prompt, namespace), std::cmp::Reverse(seat.stamp), seq))
             .max()
             .filter(|(n_tokens, ..)| *n_tokens >= least)
             .map(|(n_tokens, _, seq)| Source { seq, n_tokens })
@@ -54,12 +69,14 @@ impl Seats {
     /// Where the prompt of `job` would better come from than from `kept`, which keeps `n_kept` tokens of it.
     pub(super) fn better_source(&self, job: &Job, kept: Option<SeqId>, n_kept: usize) -> Option<Source> {
         let n_free = self.all.iter().filter(|seat| seat.owner.is_none()).count();
-        self.best_source(&job.prompt, kept, u64::MAX, n_kept + self.least_shared()).filter(|source| {
-            let held = &self.all[source.seq as usize];
-            // A free one must not be taken for another choice, and nobody waits for less than he has.
-            let stays = held.owner.is_some() || n_free > job.n as usize;
-            self.can_copy && stays && held.n_cells >= n_kept
-        })
+        self.best_source(&job.prompt, job.terms.namespace, kept, u64::MAX, n_kept + self.least_shared()).filter(
+            |source| {
+                let held = &self.all[source.seq as usize];
+                // A free one must not be taken for another choice, and nobody waits for less than he has.
+                let stays = held.owner.is_some() || n_free > job.n as usize;
+                self.can_copy && stays && held.n_cells >= n_kept
+            },
+        )
     }
 
     pub(super) fn is_source(&self, seq: SeqId) -> bool {
@@ -74,13 +91,13 @@ impl Seats {
 
     fn copy_for(&mut self, seq: SeqId) -> Option<Copy> {
         let seat = &self.all[seq as usize];
-        let prompt = &seat.tokens[..seat.n_prompt];
+        let (prompt, namespace) = (&seat.tokens[..seat.n_prompt], seat.terms.namespace);
         // Its seat may belong to somebody else by now.
         let is_as_it_was = |source: &Source| {
             let held = &self.all[source.seq as usize];
-            held.is_before(seat.stamp) && held.will_share(prompt) == source.n_tokens
+            held.is_before(seat.stamp) && held.will_share(prompt, namespace) == source.n_tokens
         };
-        let another = || self.best_source(prompt, Some(seq), seat.stamp, self.least_shared());
+        let another = || self.best_source(prompt, namespace, Some(seq), seat.stamp, self.least_shared());
         let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.can_copy);
         let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
         let ready = source.filter(is_computed);

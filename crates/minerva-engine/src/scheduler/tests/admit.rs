@@ -59,7 +59,7 @@ fn one_pool_of_cells_admits_only_what_it_can_promise() {
         ],
     );
     expect![[r#"
-        tick 0 | a prefill 0..6 | b prefill 0..4
+        tick 0 | b prefill 0..4 | a prefill 0..6
         tick 1 | a decode | b decode
         tick 2 | evicts 7 | b decode | c prefill 0..4
         tick 3 | b decode | c decode

@@ -3,7 +3,7 @@
 use expect_test::expect;
 
 use super::{limits, request, simulate};
-use crate::scheduler::{Scheduler, Step};
+use crate::scheduler::{Policy, Scheduler, Step};
 
 #[test]
 fn the_prompt_of_several_choices_is_computed_once() {
@@ -46,9 +46,9 @@ fn a_cancelled_request_gives_back_the_seats_that_wait_for_its_prompt() {
 
 #[test]
 fn a_seat_whose_source_is_released_early_computes_the_prompt_for_the_rest() {
-    let mut scheduler = Scheduler::new(limits(3, 4));
-    scheduler.enqueue(request("a").prompt(6).choices(3).job());
-    let seqs = scheduler.admit().expect("there is room").seqs;
+    let mut scheduler = Scheduler::new(limits(3, 4), Policy::default());
+    scheduler.enqueue(request("a").prompt(6).choices(3).job(), 0);
+    let seqs = scheduler.admit(0).expect("there is room").seqs;
     let mut step = Step::default();
     scheduler.step(&mut step);
     scheduler.computed(&step, 1000);

@@ -5,6 +5,7 @@
 #![expect(clippy::needless_raw_string_hashes, reason = "expect-test writes them")]
 
 mod admit;
+mod fairness;
 mod forks;
 mod places;
 mod random;
@@ -18,7 +19,7 @@ use std::ops::Range;
 
 use replay::Replay;
 
-use super::{Job, RequestId};
+use super::{ClientId, Job, RequestId, Terms};
 use crate::backend::BackendLimits;
 use crate::request::TokenId;
 
@@ -34,13 +35,24 @@ struct Script {
     /// Tokens that it could have generated, beyond those.
     n_spare: u32,
     reuse: bool,
+    terms: Terms,
     cancelled_at: Option<usize>,
 }
 
 /// A request for the golden traces; its name is one letter.
 fn request(name: &str) -> Script {
     let id = RequestId::from(name.as_bytes()[0]);
-    Script { id, at_tick: 0, prompt: Vec::new(), n: 1, n_generate: 1, n_spare: 0, reuse: true, cancelled_at: None }
+    Script {
+        id,
+        at_tick: 0,
+        prompt: Vec::new(),
+        n: 1,
+        n_generate: 1,
+        n_spare: 0,
+        reuse: true,
+        terms: Terms::default(),
+        cancelled_at: None,
+    }
 }
 
 impl Script {
@@ -82,6 +94,16 @@ impl Script {
         Self { cancelled_at: Some(tick), ..self }
     }
 
+    fn of_client(mut self, client: ClientId) -> Self {
+        self.terms.client = client;
+        self
+    }
+
+    fn priority(mut self, priority: i32) -> Self {
+        self.terms.priority = priority;
+        self
+    }
+
     fn without_reuse(self) -> Self {
         Self { reuse: false, ..self }
     }
@@ -101,8 +123,8 @@ impl Script {
     }
 
     fn job(&self) -> Job {
-        let Self { id, n, reuse, .. } = *self;
-        Job { id, prompt: self.prompt.clone(), n, max_tokens: self.max_tokens(), reuse }
+        let Self { id, n, reuse, terms, .. } = *self;
+        Job { id, prompt: self.prompt.clone(), n, max_tokens: self.max_tokens(), reuse, terms }
     }
 }
 
@@ -115,6 +137,8 @@ fn limits(n_seq_max: u32, n_batch: u32) -> BackendLimits {
         n_cells,
         unified: false,
         stream_bytes: 0,
+        cell_bytes: 1,
+        state_bytes: 0,
         keeps_beginnings: true,
         n_batch,
         n_ubatch: n_batch,

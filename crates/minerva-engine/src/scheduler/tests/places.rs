@@ -4,7 +4,7 @@ use expect_test::expect;
 
 use super::{limits, pool, request, simulate};
 use crate::backend::BackendLimits;
-use crate::scheduler::{CacheOp, Scheduler, Step};
+use crate::scheduler::{CacheOp, Policy, Scheduler, Step};
 
 #[test]
 fn what_a_finished_sequence_left_between_busy_ones_moves_and_is_still_reused() {
@@ -20,7 +20,7 @@ fn what_a_finished_sequence_left_between_busy_ones_moves_and_is_still_reused() {
         ],
     );
     expect![[r#"
-        tick 0 | a prefill 0..3 | b prefill 0..6 | c prefill 0..3
+        tick 0 | a prefill 0..3 | c prefill 0..3 | b prefill 0..6
         tick 1 | a decode | c decode
         tick 2 | moves 6 | a decode | c decode | d prefill 0..3
         tick 3 | e reuses 6 | a decode | d decode | c decode | e prefill 6..9
@@ -53,18 +53,18 @@ fn in_one_pool_of_cells_nothing_moves() {
 
 /// Seats three requests, ends the one in the middle, and seats a fourth.
 fn fourth(limits: BackendLimits) -> (u32, Vec<CacheOp>) {
-    let mut scheduler = Scheduler::new(limits);
+    let mut scheduler = Scheduler::new(limits, Policy::default());
     for name in ["a", "b", "c"] {
-        scheduler.enqueue(request(name).prompt(4).generate(4).job());
+        scheduler.enqueue(request(name).prompt(4).generate(4).job(), 0);
     }
-    let seqs: Vec<u32> = std::iter::from_fn(|| scheduler.admit()).map(|admission| admission.seqs[0]).collect();
+    let seqs: Vec<u32> = std::iter::from_fn(|| scheduler.admit(0)).map(|admission| admission.seqs[0]).collect();
     assert_eq!(seqs, [0, 1, 2]);
     let mut step = Step::default();
     scheduler.step(&mut step);
     scheduler.computed(&step, 1000);
     scheduler.release(1);
-    scheduler.enqueue(request("d").prompt(4).job());
-    let admission = scheduler.admit().expect("there is room");
+    scheduler.enqueue(request("d").prompt(4).job(), 0);
+    let admission = scheduler.admit(0).expect("there is room");
     (admission.seqs[0], admission.ops)
 }
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::replay::{Fault, Replay};
-use super::{Script, limits, pool};
+use super::{Script, Terms, limits, pool};
 use crate::backend::BackendLimits;
 
 prop_compose! {
@@ -17,10 +17,13 @@ prop_compose! {
         n_generate in 1_u32..12,
         n_spare in 0_u32..6,
         reuse in prop::bool::weighted(0.8),
+        client in 0_u64..3,
+        priority in prop::sample::select(vec![0_i32, 0, 0, -1, 2]),
         cancelled_after in prop::option::weighted(0.3, 0_usize..12),
     ) -> Script {
         let cancelled_at = cancelled_after.map(|ticks| at_tick + ticks);
-        let script = Script { id: 0, at_tick, prompt: Vec::new(), n, n_generate, n_spare, reuse, cancelled_at };
+        let terms = Terms { client, priority, namespace: client % 2, ..Terms::default() };
+        let script = Script { id: 0, at_tick, prompt: Vec::new(), n, n_generate, n_spare, reuse, terms, cancelled_at };
         // Own parts have tokens in common too, and at least one, so that no prompt is empty.
         script.text(text, 0..n_shared).text(2, n_own..n_own + 1 + n_own)
     }
@@ -49,12 +52,14 @@ proptest! {
         faults in prop::collection::btree_map(0_usize..120, prop::sample::select(vec![Fault::CacheUnchanged, Fault::HalfWritten]), 0..4),
         cannot_cut in prop::bool::weighted(0.3),
         cannot_copy in prop::bool::weighted(0.2),
+        cannot_park in prop::bool::weighted(0.2),
         us_per_row in prop::sample::select(vec![0_u64, 100, 50_000]),
     ) {
         let base = if unified { pool(n_seq_max, n_pool) } else { limits(n_seq_max, n_batch) };
         let mut replay = Replay::new(BackendLimits { n_batch, n_ubatch: n_batch, ..base });
         replay.cannot_cut = cannot_cut;
         replay.cannot_copy = cannot_copy;
+        replay.cannot_park = cannot_park;
         replay.us_per_row = us_per_row;
         replay.run(&scripts, &faults);
     }

@@ -1,24 +1,27 @@
 //! The worker's part in a schedule, and what is checked after every step.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use super::Script;
 use crate::backend::{BackendLimits, SeqId};
 use crate::request::TokenId;
-use crate::scheduler::{CacheOp, Copy, RequestId, Scheduler, Step};
+use crate::scheduler::{CacheOp, Copy, ParkId, Policy, RequestId, Scheduler, Step};
 
 /// A request that waits or runs.
 #[derive(Debug)]
 struct Live {
     script: Script,
-    seqs: Vec<SeqId>,
+    /// Where each choice runs.
+    seqs: Vec<Option<SeqId>>,
     /// Tokens generated so far, per choice.
     n_generated: Vec<u32>,
+    /// Choices that came back and have not got a token since.
+    resumed: Vec<bool>,
 }
 
 impl Live {
     fn choice(&self, seq: SeqId) -> u32 {
-        self.seqs.iter().position(|&own| own == seq).expect("the sequence is one of the request's") as u32
+        self.seqs.iter().position(|&own| own == Some(seq)).expect("the sequence is one of the request's") as u32
     }
 
     fn runs(&self, choice: u32) -> bool {
@@ -41,10 +44,12 @@ pub(super) struct Replay {
     owners: Vec<Option<RequestId>>,
     live: BTreeMap<RequestId, Live>,
     /// Waiting requests as they came, to see that nobody overtakes.
-    queue: VecDeque<RequestId>,
+    queue: Vec<RequestId>,
+    parked: BTreeMap<ParkId, Vec<TokenId>>,
     step: Step,
     pub(super) cannot_cut: bool,
     pub(super) cannot_copy: bool,
+    pub(super) cannot_park: bool,
     pub(super) us_per_row: u64,
     tick: usize,
     line: String,
@@ -53,16 +58,22 @@ pub(super) struct Replay {
 
 impl Replay {
     pub(super) fn new(limits: BackendLimits) -> Self {
+        Self::with_policy(limits, Policy { host_cache_bytes: 200, ..Policy::default() })
+    }
+
+    pub(super) fn with_policy(limits: BackendLimits, policy: Policy) -> Self {
         Self {
             limits,
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::new(limits, policy),
             cache: vec![Vec::new(); limits.n_seq_max as usize],
             owners: vec![None; limits.n_seq_max as usize],
             live: BTreeMap::new(),
-            queue: VecDeque::new(),
+            queue: Vec::new(),
+            parked: BTreeMap::new(),
             step: Step::default(),
             cannot_cut: false,
             cannot_copy: false,
+            cannot_park: false,
             us_per_row: 100,
             tick: 0,
             line: String::new(),
@@ -73,8 +84,8 @@ impl Replay {
     pub(super) fn run(&mut self, scripts: &[Script], faults: &BTreeMap<usize, Fault>) {
         let last = scripts.iter().map(|script| script.at_tick).max().unwrap_or(0);
         let work: usize = scripts.iter().map(|script| script.n as usize * script.n_cells() + 1).sum();
-        // A request that was cut off from its prefix or copy computes its prompt once more, hence twice.
-        let deadline = last + 2 * work;
+        // A request that was cut off from its prefix or copy computes its prompt once more, and so does one that gave its seat away.
+        let deadline = last + 4 * work;
         while self.tick <= last || !self.scheduler.is_idle() {
             assert!(self.tick <= deadline, "somebody starves: {:?} at tick {}", self.live, self.tick);
             let tick = self.tick;
@@ -105,10 +116,10 @@ impl Replay {
     }
 
     fn submit(&mut self, script: Script) {
-        self.scheduler.enqueue(script.job());
-        self.queue.push_back(script.id);
-        let n_generated = vec![0; script.n as usize];
-        self.live.insert(script.id, Live { script, seqs: Vec::new(), n_generated });
+        self.scheduler.enqueue(script.job(), self.now_us());
+        self.queue.push(script.id);
+        let (n_generated, resumed) = (vec![0; script.n as usize], vec![false; script.n as usize]);
+        self.live.insert(script.id, Live { script, seqs: Vec::new(), n_generated, resumed });
     }
 
     fn cancel(&mut self, id: RequestId) {
@@ -116,22 +127,27 @@ impl Replay {
             return; // it was done already
         }
         self.note(&format!("{} is cancelled", letter(id)));
-        if self.scheduler.remove_waiting(id) {
-            self.queue.retain(|&waiting| waiting != id);
-            self.live.remove(&id);
-        } else {
-            self.end(id);
-        }
+        self.end(id);
+    }
+
+    /// A tick is a millisecond.
+    fn now_us(&self) -> u64 {
+        self.tick as u64 * 1000
     }
 
     /// Gives back what a running request still has.
     fn end(&mut self, id: RequestId) {
         let Some(live) = self.live.remove(&id) else { return };
+        assert_eq!(self.scheduler.remove_waiting(id), self.queue.contains(&id));
+        self.queue.retain(|&waiting| waiting != id);
         for (choice, &seq) in live.seqs.iter().enumerate() {
-            if live.runs(choice as u32) {
+            if live.runs(choice as u32)
+                && let Some(seq) = seq
+            {
                 self.release(seq);
             }
         }
+        self.drop_parked();
     }
 
     fn release(&mut self, seq: SeqId) {
@@ -161,43 +177,108 @@ impl Replay {
     }
 
     fn admit(&mut self) {
-        while let Some(admission) = self.scheduler.admit() {
+        while let Some(admission) = self.scheduler.admit(self.now_us()) {
             let id = admission.id;
-            assert_eq!(self.queue.pop_front(), Some(id), "{} overtook", letter(id));
+            for seq in admission.preempted {
+                self.note(&format!("{} yields", self.name(seq)));
+                let owner = self.owners[seq as usize].take().expect("it ran");
+                let live = self.live.get_mut(&owner).expect("an owner is live");
+                let choice = live.choice(seq) as usize;
+                live.seqs[choice] = None;
+            }
             for &seq in &admission.seqs {
                 assert_eq!(self.owners[seq as usize].replace(id), None, "sequence {seq} has an owner");
             }
-            let live = self.live.get_mut(&id).expect("it waited");
-            assert_eq!(admission.seqs.len(), live.script.n as usize);
-            let (prompt, n_cached) = (live.script.prompt.clone(), admission.n_cached as usize);
-            live.seqs.clone_from(&admission.seqs);
             let first = admission.seqs[0];
-            assert!(n_cached < prompt.len(), "the last token has to be computed");
-            assert_eq!(
-                self.cache[first as usize].get(..n_cached),
-                prompt.get(..n_cached),
-                "the prefix is somebody else's"
-            );
-            if n_cached > 0 {
-                self.note(&format!("{} reuses {n_cached}", letter(id)));
+            let n_cached = admission.n_cached as usize;
+            let choice = admission.resumes.unwrap_or(0);
+            if admission.resumes.is_some() {
+                let live = self.live.get_mut(&id).expect("it waited");
+                assert_eq!((admission.seqs.len(), live.seqs[choice as usize]), (1, None));
+                live.seqs[choice as usize] = Some(first);
+                live.resumed[choice as usize] = true;
+            } else {
+                self.nobody_was_overtaken_by(id);
+                let live = self.live.get_mut(&id).expect("it waited");
+                assert_eq!(admission.seqs.len(), live.script.n as usize);
+                live.seqs = admission.seqs.iter().copied().map(Some).collect();
             }
-            let mut is_there = true;
-            for op in admission.ops {
-                let (seq, n_tokens) = match op {
-                    CacheOp::Keep { seq, n_tokens } => (seq, n_tokens),
-                    CacheOp::Move { src, dst, n_tokens } => {
-                        self.move_to(src, dst, n_tokens, &mut is_there);
+            let lost = self.change_cache(admission.ops, &admission.seqs);
+            let live = &self.live[&id];
+            let history: Vec<_> = (0..n_cached).map(|place| live.script.token(choice, place)).collect();
+            assert!(
+                n_cached < live.script.prompt.len() + live.n_generated[choice as usize] as usize,
+                "the last token has to be computed"
+            );
+            assert!(lost || self.cache[first as usize] == history, "the prefix is somebody else's");
+            match (admission.resumes, n_cached) {
+                (Some(_), _) => self.note(&format!("{} resumes with {n_cached}", self.name(first))),
+                (None, 0) => {}
+                (None, _) => self.note(&format!("{} reuses {n_cached}", letter(id))),
+            }
+            self.drop_parked();
+            self.copy_prefixes();
+        }
+    }
+
+    /// First come, first served, among requests on the same terms.
+    fn nobody_was_overtaken_by(&mut self, id: RequestId) {
+        let terms = self.live[&id].script.terms;
+        let first = self.queue.iter().copied().find(|waiting| self.live[waiting].script.terms == terms);
+        assert_eq!(first, Some(id), "{} overtook", letter(id));
+        self.queue.retain(|&waiting| waiting != id);
+    }
+
+    /// What the worker does for an admission; whether something that should be in a sequence is not.
+    fn change_cache(&mut self, ops: Vec<CacheOp>, seqs: &[SeqId]) -> bool {
+        let (mut is_moved, mut lost, mut lost_parks) = (true, false, Vec::new());
+        for op in ops {
+            match op {
+                CacheOp::Keep { seq, n_tokens } => {
+                    let n = self.cache[seq as usize].len();
+                    if !seqs.contains(&seq) && n > 0 {
+                        self.note(&format!("evicts {n}"));
+                    }
+                    if !self.truncate(seq, n_tokens) && n_tokens > 0 {
+                        self.scheduler.forget_prefix(seq);
+                        lost = true;
+                    }
+                }
+                CacheOp::Move { src, dst, n_tokens } => self.move_to(src, dst, n_tokens, &mut is_moved),
+                CacheOp::Park { seq, at, n_tokens } => {
+                    if !is_moved {
+                        self.scheduler.park_lost(at);
+                        lost_parks.push(at);
                         continue;
                     }
-                };
-                if !admission.seqs.contains(&seq) {
-                    self.note(&format!("evicts {}", self.cache[seq as usize].len()));
+                    let tokens = self.cache[seq as usize].clone();
+                    assert_eq!(tokens.len(), n_tokens as usize, "all of it");
+                    if self.cannot_park {
+                        self.scheduler.park_failed(at);
+                    } else {
+                        self.note(&format!("parks {n_tokens}"));
+                        assert!(self.parked.insert(at, tokens).is_none(), "{at} is parked already");
+                    }
                 }
-                if !self.truncate(seq, n_tokens) && n_tokens > 0 {
-                    self.scheduler.forget_prefix(seq);
+                CacheOp::Unpark { at, seq, n_tokens } => {
+                    assert!(self.cache[seq as usize].is_empty(), "it comes over something else");
+                    if let Some(tokens) = self.parked.get(&at) {
+                        assert_eq!(tokens.len(), n_tokens as usize, "all of it");
+                        self.cache[seq as usize].clone_from(tokens);
+                    } else {
+                        assert!(self.cannot_park || lost_parks.contains(&at), "{at} is not parked");
+                        self.scheduler.forget_prefix(seq);
+                        lost = true;
+                    }
                 }
             }
-            self.copy_prefixes();
+        }
+        lost
+    }
+
+    fn drop_parked(&mut self) {
+        for at in self.scheduler.dropped() {
+            assert!(self.parked.remove(&at).is_some() || self.cannot_park || self.cannot_copy, "{at} was never parked");
         }
     }
 
@@ -260,10 +341,12 @@ impl Replay {
         let choice = live.choice(seq);
         let at = live.n_generated[choice as usize] as usize;
         live.n_generated[choice as usize] += 1;
+        live.resumed[choice as usize] = false;
         if live.runs(choice) {
             let token = live.script.token(choice, live.script.prompt.len() + at);
             return self.scheduler.sampled(seq, token);
         }
+        live.seqs[choice as usize] = None;
         let all_done = (0..live.script.n).all(|choice| !live.runs(choice));
         self.release(seq);
         if all_done {
@@ -309,7 +392,8 @@ impl Replay {
             assert_eq!(row.pos as usize, *length, "sequence {} has a gap", row.seq);
             assert_eq!(row.token, live.script.token(live.choice(row.seq), *length), "a token of somebody else");
             *length += 1;
-            assert_eq!(row.output, *length >= live.script.prompt.len(), "scores are asked for where a token follows");
+            let n_known = live.script.prompt.len() + live.n_generated[live.choice(row.seq) as usize] as usize;
+            assert_eq!(row.output, *length == n_known, "scores are asked for where a token follows");
         }
         let asked: Vec<_> = step.outputs.iter().map(|output| (output.row, output.seq)).collect();
         let rows = step.rows.iter().enumerate();
@@ -319,7 +403,9 @@ impl Replay {
             .live
             .values()
             .flat_map(|live| live.seqs.iter().zip(&live.n_generated).zip(0..).map(move |t| (live, t)));
-        let n_ready = ready.filter(|(live, ((_, n), choice))| **n > 0 && live.runs(*choice)).count();
+        let decodes = |live: &Live, choice: u32| live.runs(choice) && !live.resumed[choice as usize];
+        let n_ready =
+            ready.filter(|(live, ((seq, n), choice))| **n > 0 && seq.is_some() && decodes(live, *choice)).count();
         assert_eq!(n_decode, n_ready.min(self.limits.n_batch as usize), "a sequence that could decode did not");
     }
 
@@ -340,6 +426,9 @@ impl Replay {
             assert!(tokens.iter().copied().eq(history), "sequence {seq} holds tokens of somebody else");
         }
         assert_eq!(self.scheduler.cells(), (used, cached));
+        let parked: usize = self.parked.values().map(Vec::len).sum();
+        assert_eq!(self.scheduler.parked_bytes(), parked as u64);
+        assert!(parked <= 200, "more host memory than is allowed");
         assert!(used + cached <= u64::from(self.limits.n_cells), "more cells than there are");
         assert!(promised <= self.limits.n_cells as usize, "more cells are promised than there are");
         let mut running: Vec<_> = self.scheduler.running().collect();

@@ -118,7 +118,7 @@ fn a_pool_that_is_short_gives_up_other_sequences_before_the_beginning_that_is_ab
         tick 0 | a prefill 0..16
         tick 1 | a prefill 16..21
         tick 3 | b prefill 0..16
-        tick 6 | evicts 16 | c shares 10 | c prefill 10..12
+        tick 6 | parks 16 | evicts 16 | c shares 10 | c prefill 10..12
         tick 7 | c decode
     "#]]
     .assert_eq(&trace);

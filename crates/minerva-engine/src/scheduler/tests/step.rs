@@ -4,7 +4,7 @@ use expect_test::expect;
 
 use super::{limits, request, simulate};
 use crate::backend::BackendLimits;
-use crate::scheduler::Budget;
+use crate::scheduler::{Budget, Demand, Work};
 
 #[test]
 fn long_prompt_prefills_in_chunks_while_another_sequence_decodes() {
@@ -51,35 +51,50 @@ fn two_prompts_are_computed_one_after_the_other_in_one_step_where_they_fit() {
     .assert_eq(&trace);
 }
 
+fn budget() -> Budget {
+    Budget::new(BackendLimits { n_batch: 2048, n_ubatch: 512, ..limits(8, 2048) })
+}
+
+fn demand(n_decode: usize, n_prompts: usize) -> Demand {
+    Demand { n_decode, n_prompts, ..Demand::default() }
+}
+
+/// Steps that only decode, and steps with 64 prompt tokens beside.
+fn learn(budget: &mut Budget, n_decode: usize, decode_us: u64, token_us: u64) {
+    for _ in 0..50 {
+        budget.learn(Work { n_decode, ..Work::default() }, decode_us);
+        budget.learn(Work { n_decode, n_prefill: 64, ..Work::default() }, decode_us + 64 * token_us);
+    }
+}
+
 #[test]
 fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
-    let mut budget = Budget::new(BackendLimits { n_batch: 2048, n_ubatch: 512, ..limits(8, 2048) });
+    let mut budget_of_all = budget();
     let mut trace = Vec::new();
-    let mut note = |what: &str, budget: &Budget| trace.push(format!("{what}: {}\n", budget.prefill_tokens(4, 1)));
-    note("nothing known", &budget);
+    let mut note = |what: &str, budget: &Budget| {
+        let alone = budget.prefill_tokens(demand(0, 1));
+        let limited = budget.prefill_tokens(Demand { max_itl_us: Some(50_000), ..demand(4, 9) });
+        trace.push(format!("{what}: {}, alone {alone}, in 50 ms {limited}\n", budget.prefill_tokens(demand(4, 1))));
+    };
+    note("nothing known", &budget_of_all);
     for (what, decode_us, token_us) in [
         ("a GPU", 10_000, 20),
         ("a fast CPU", 10_000, 700),
         ("a slow CPU", 80_000, 2_000),
         ("a board", 400_000, 90_000),
     ] {
-        for _ in 0..50 {
-            budget.learn(4, 0, decode_us);
-            budget.learn(4, 64, decode_us + 64 * token_us);
-        }
-        note(what, &budget);
+        learn(&mut budget_of_all, 4, decode_us, token_us);
+        note(what, &budget_of_all);
     }
-    let mut crowded = Budget::new(BackendLimits { n_batch: 2048, n_ubatch: 512, ..limits(8, 2048) });
-    crowded.learn(1, 0, 10_000);
-    crowded.learn(1, 64, 10_000 + 64 * 700);
-    trace.push(format!("a fast CPU, one stream and nine prompts: {}\n", crowded.prefill_tokens(1, 9)));
-    assert_eq!(budget.prefill_tokens(0, 1), 2048, "nobody decodes, nobody waits");
+    let mut crowded = budget();
+    learn(&mut crowded, 1, 10_000, 700);
+    trace.push(format!("a fast CPU, one stream and nine prompts: {}\n", crowded.prefill_tokens(demand(1, 9))));
     expect![[r#"
-        nothing known: 128
-        a GPU: 512
-        a fast CPU: 28
-        a slow CPU: 79
-        a board: 16
+        nothing known: 128, alone 512, in 50 ms 128
+        a GPU: 512, alone 2048, in 50 ms 512
+        a fast CPU: 21, alone 512, in 50 ms 57
+        a slow CPU: 58, alone 512, in 50 ms 16
+        a board: 16, alone 512, in 50 ms 16
         a fast CPU, one stream and nine prompts: 512
     "#]]
     .assert_eq(&trace.concat());
@@ -89,9 +104,8 @@ fn prompts_get_smaller_shares_of_a_step_when_steps_are_slow() {
 fn a_few_prompt_tokens_and_steps_of_no_time_do_not_unsettle_the_budget() {
     let mut budget = Budget::new(limits(8, 2048));
     for _ in 0..100 {
-        budget.learn(0, 1, 500_000); // the step's fixed cost, not the token's
-        budget.learn(4, 0, 0);
-        budget.learn(4, 64, 0);
-        assert!((16..=2048).contains(&budget.prefill_tokens(3, 1)));
+        budget.learn(Work { n_prefill: 1, ..Work::default() }, 500_000); // the step's fixed cost, not the token's
+        learn(&mut budget, 4, 0, 0);
+        assert!((16..=2048).contains(&budget.prefill_tokens(demand(3, 1))));
     }
 }

@@ -1,0 +1,35 @@
+//! Copies of sequences in host memory, by the names that the scheduler gave them.
+
+use std::collections::HashMap;
+
+use crate::scheduler::ParkId;
+
+/// The copies.
+#[derive(Debug, Default)]
+pub(crate) struct Parking {
+    states: HashMap<ParkId, Vec<u8>>,
+    bytes: u64,
+}
+
+impl Parking {
+    pub(crate) fn keep(&mut self, id: ParkId, state: Vec<u8>) {
+        self.bytes += state.len() as u64;
+        if let Some(before) = self.states.insert(id, state) {
+            self.bytes -= before.len() as u64;
+        }
+    }
+
+    pub(crate) fn get(&self, id: ParkId) -> Option<&[u8]> {
+        self.states.get(&id).map(Vec::as_slice)
+    }
+
+    pub(crate) fn drop_all(&mut self, ids: Vec<ParkId>) {
+        for id in ids {
+            self.bytes -= self.states.remove(&id).map_or(0, |state| state.len() as u64);
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}

@@ -1,0 +1,145 @@
+//! What a step costs, learned from past ones: the time of a decoding step by its rows and by the cells that these look at, and
+//! that of a prompt's token by its place.
+
+/// What a step computes, as far as its time depends on it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Work {
+    /// Sequences that get one token.
+    pub n_decode: usize,
+    /// Cells of all of these.
+    pub n_decode_cells: u64,
+    /// Tokens of prompts.
+    pub n_prefill: usize,
+    /// The mean place of these in their sequences.
+    pub prefill_pos: f64,
+}
+
+/// Steps with fewer prompt tokens than this say little about what one costs.
+pub(super) const MIN_PREFILL_TOKENS: usize = 16;
+
+/// Lines by the logarithm of the number of sequences.
+const N_BUCKETS: usize = 16;
+
+/// The learned costs.
+#[derive(Debug, Default)]
+pub(super) struct Costs {
+    /// Time of a step that only decodes over its cells, in microseconds.
+    decode: [Line; N_BUCKETS],
+    /// Time of one prompt token over its place.
+    prefill: Line,
+}
+
+impl Costs {
+    pub(super) fn learn(&mut self, work: Work, step_us: u64) {
+        let step_us = step_us as f64;
+        if work.n_prefill == 0 {
+            self.decode[bucket(work.n_decode)].learn(work.n_decode_cells as f64, step_us);
+        } else if work.n_prefill >= MIN_PREFILL_TOKENS {
+            let decode_us = self.decode_us(work.n_decode, work.n_decode_cells);
+            self.prefill.learn(work.prefill_pos, (step_us - decode_us).max(0.0) / work.n_prefill as f64);
+        }
+    }
+
+    /// The time of a step that decodes so many sequences with so many cells: by the nearest number that was measured, fewer before
+    /// more. 0 while nothing is known.
+    pub(super) fn decode_us(&self, n_decode: usize, n_cells: u64) -> f64 {
+        if n_decode == 0 {
+            return 0.0;
+        }
+        let at = bucket(n_decode);
+        let (below, above) = (self.decode[..=at].iter().rev(), self.decode[at..].iter());
+        below.chain(above).find_map(|line| line.at(n_cells as f64)).unwrap_or(0.0)
+    }
+
+    /// The time of a prompt's token at a place; `None` while nothing is known.
+    pub(super) fn prefill_token_us(&self, pos: f64) -> Option<f64> {
+        self.prefill.at(pos).filter(|&us| us > 0.0)
+    }
+}
+
+fn bucket(n_decode: usize) -> usize {
+    (n_decode.max(1).ilog2() as usize).min(N_BUCKETS - 1)
+}
+
+/// A line through recent measurements: least squares, with weights that fade.
+#[derive(Debug, Clone, Copy, Default)]
+struct Line {
+    weight: f64,
+    x: f64,
+    y: f64,
+    xx: f64,
+    xy: f64,
+}
+
+impl Line {
+    /// What a measurement still weighs after the next one.
+    const FADE: f64 = 0.9;
+    /// One measurement counts as no more than so many times what was expected: a step that the system held up is not the rule.
+    const OUTLIER: f64 = 4.0;
+    /// However far away, an estimate is at least this share of the mean.
+    const FLOOR: f64 = 0.25;
+
+    fn learn(&mut self, x: f64, y: f64) {
+        let y = match self.at(x) {
+            Some(expected) if self.weight > 3.0 && expected > 0.0 => y.min(expected * Self::OUTLIER),
+            _ => y,
+        };
+        for sum in [&mut self.weight, &mut self.x, &mut self.y, &mut self.xx, &mut self.xy] {
+            *sum *= Self::FADE;
+        }
+        self.weight += 1.0;
+        self.x += x;
+        self.y += y;
+        self.xx += x * x;
+        self.xy += x * y;
+    }
+
+    fn at(&self, x: f64) -> Option<f64> {
+        if self.weight <= 0.0 {
+            return None;
+        }
+        let (mean_x, mean_y) = (self.x / self.weight, self.y / self.weight);
+        let variance = self.xx / self.weight - mean_x * mean_x;
+        // Measurements side by side say nothing about the slope.
+        let slope = if variance > (0.05 * mean_x).powi(2).max(1.0) {
+            ((self.xy / self.weight - mean_x * mean_y) / variance).max(0.0)
+        } else {
+            0.0
+        };
+        Some(slope.mul_add(x - mean_x, mean_y).max(mean_y * Self::FLOOR))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_found_in_noise_and_follows_when_it_changes() {
+        let mut line = Line::default();
+        assert_eq!(line.at(5.0), None);
+        for i in 0..200_i32 {
+            let x = f64::from(i % 10) * 100.0;
+            line.learn(x, 50.0 + 0.5 * x + if i % 2 == 0 { 3.0 } else { -3.0 });
+        }
+        assert!((line.at(2000.0).unwrap() - 1050.0).abs() < 40.0, "{line:?}");
+        line.learn(0.0, 1e9); // a step that the system held up
+        assert!(line.at(0.0).unwrap() < 250.0, "{line:?}");
+        for i in 0..100_i32 {
+            line.learn(f64::from(i % 10) * 100.0, 10.0);
+        }
+        assert!((line.at(500.0).unwrap() - 10.0).abs() < 1.0, "{line:?}");
+    }
+
+    #[test]
+    fn costs_are_taken_from_the_nearest_number_of_sequences() {
+        let mut costs = Costs::default();
+        assert_eq!((costs.decode_us(4, 100), costs.prefill_token_us(0.0)), (0.0, None));
+        let decode = |n_decode| Work { n_decode, n_decode_cells: 100, ..Work::default() };
+        costs.learn(decode(1), 10_000);
+        costs.learn(decode(16), 40_000);
+        assert_eq!([1, 2, 8, 16, 31, 32].map(|n| costs.decode_us(n, 100) as u64 / 1000), [10, 10, 10, 40, 40, 40]);
+        costs.learn(Work { n_prefill: 100, prefill_pos: 50.0, ..decode(1) }, 60_000);
+        assert_eq!(costs.prefill_token_us(50.0), Some(500.0));
+    }
+}

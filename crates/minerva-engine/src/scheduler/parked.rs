@@ -1,0 +1,156 @@
+//! Cells that were copied out to host memory: of requests that had to give their seat away, and of finished ones whose seat was
+//! needed. Only their tokens and sizes are known here; the bytes are the worker's.
+
+use serde::{Deserialize, Serialize};
+
+use super::seats::common;
+use crate::backend::BackendLimits;
+use crate::request::TokenId;
+
+/// What was copied out together.
+pub type ParkId = u64;
+
+/// Bytes per microsecond, out and in again: a copy of 4 GB/s each way, which DDR4 and PCIe 3 can both do.
+const COPIED_BYTES_PER_US: u64 = 2_000;
+
+/// Cells in host memory.
+#[derive(Debug)]
+struct Entry {
+    id: ParkId,
+    tokens: Vec<TokenId>,
+    namespace: u64,
+    n_bytes: u64,
+    /// Somebody goes on from there.
+    is_owned: bool,
+    stamp: u64,
+}
+
+/// A beginning of a prompt in host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Found {
+    pub(super) id: ParkId,
+    /// Tokens that the prompt shares.
+    pub(super) n_shared: usize,
+    /// Tokens that come along.
+    pub(super) n_tokens: usize,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Parked {
+    entries: Vec<Entry>,
+    n_bytes: u64,
+    limit_bytes: u64,
+    limits: BackendLimits,
+    clock: u64,
+    /// What the worker has not let go of yet.
+    dropped: Vec<ParkId>,
+    /// Nothing has failed yet.
+    works: bool,
+    /// Time to compute one token of a prompt, in microseconds; 0 while unknown.
+    token_us: f64,
+}
+
+impl Parked {
+    pub(super) fn new(limits: BackendLimits, limit_bytes: u64) -> Self {
+        let works = limit_bytes > 0;
+        Self {
+            entries: Vec::new(),
+            n_bytes: 0,
+            limit_bytes,
+            limits,
+            clock: 0,
+            dropped: Vec::new(),
+            works,
+            token_us: 0.0,
+        }
+    }
+
+    pub(super) fn learn(&mut self, token_us: f64) {
+        self.token_us = token_us;
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.n_bytes
+    }
+
+    /// Room for cells that hold `tokens`, where copying them is quicker than computing them. The oldest that nobody goes on from give
+    /// way.
+    pub(super) fn park(&mut self, tokens: &[TokenId], namespace: u64, is_owned: bool) -> Option<ParkId> {
+        let n_bytes = self.limits.state_bytes + self.limits.cell_bytes * tokens.len() as u64;
+        if !self.works || tokens.is_empty() || !self.pays(tokens.len(), n_bytes) || !self.make_room(n_bytes) {
+            return None;
+        }
+        self.clock += 1;
+        let (id, tokens) = (self.clock, tokens.to_vec());
+        self.entries.push(Entry { id, tokens, namespace, n_bytes, is_owned, stamp: id });
+        self.n_bytes += n_bytes;
+        Some(id)
+    }
+
+    fn pays(&self, n_tokens: usize, n_bytes: u64) -> bool {
+        let copy_us = (n_bytes / COPIED_BYTES_PER_US) as f64;
+        self.token_us <= 0.0 || copy_us < self.token_us * n_tokens as f64
+    }
+
+    fn make_room(&mut self, n_bytes: u64) -> bool {
+        let owned: u64 = self.entries.iter().filter(|entry| entry.is_owned).map(|entry| entry.n_bytes).sum();
+        if owned + n_bytes > self.limit_bytes {
+            return false;
+        }
+        while self.n_bytes + n_bytes > self.limit_bytes {
+            let free = self.entries.iter().filter(|entry| !entry.is_owned);
+            let Some(oldest) = free.min_by_key(|entry| entry.stamp).map(|entry| entry.id) else { return false };
+            self.forget(oldest);
+        }
+        true
+    }
+
+    /// What shares most of `prompt`. Memory that cannot be cut has to be used whole.
+    pub(super) fn best(&self, prompt: &[TokenId], namespace: u64) -> Option<Found> {
+        let found = self.entries.iter().filter(|entry| entry.namespace == namespace).map(|entry| Found {
+            id: entry.id,
+            n_shared: common(&entry.tokens, prompt).min(prompt.len() - 1),
+            n_tokens: entry.tokens.len(),
+        });
+        found
+            .filter(|found| self.limits.keeps_beginnings || found.n_shared == found.n_tokens)
+            .max_by_key(|found| (found.n_shared, found.id))
+    }
+
+    /// Fewer tokens of a finished sequence, beyond what others hold of them, are not worth host memory, and not worth fetching.
+    pub(super) fn least_tokens(&self) -> usize {
+        (self.limits.n_cells_per_seq as usize / 32).clamp(16, 256)
+    }
+
+    /// How many of `tokens` lie here already.
+    pub(super) fn n_held(&self, tokens: &[TokenId], namespace: u64) -> usize {
+        let same = self.entries.iter().filter(|entry| entry.namespace == namespace);
+        same.map(|entry| common(&entry.tokens, tokens)).max().unwrap_or(0)
+    }
+
+    pub(super) fn used(&mut self, id: ParkId) {
+        self.clock += 1;
+        let clock = self.clock;
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.id == id) {
+            entry.stamp = clock;
+        }
+    }
+
+    /// Nobody goes on from there any more.
+    pub(super) fn forget(&mut self, id: ParkId) {
+        let Some(at) = self.entries.iter().position(|entry| entry.id == id) else { return };
+        self.n_bytes -= self.entries.swap_remove(at).n_bytes;
+        self.dropped.push(id);
+    }
+
+    /// It could not be copied out, so neither can others.
+    pub(super) fn failed(&mut self, id: ParkId) {
+        self.works = false;
+        self.forget(id);
+    }
+
+    pub(super) fn take_dropped(&mut self) -> Vec<ParkId> {
+        std::mem::take(&mut self.dropped)
+    }
+}

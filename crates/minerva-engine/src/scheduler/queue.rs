@@ -1,0 +1,160 @@
+//! Who waits, and who is next: the best priority first, then the client with the fewest sequences, then the earliest deadline.
+//!
+//! Priorities age, so that nobody waits for ever behind better ones. Between clients of the same priority, the one who has fewer
+//! sequences running is next, and with as many the one who was served longer ago: a client with two hundred requests
+//! and one with a single request get the same share of the seats.
+
+use std::cmp::Reverse;
+
+use super::job::{ClientId, Job, RequestId};
+use super::parked::ParkId;
+
+/// Waiting so long is worth one priority.
+const AGING_US: u64 = 10_000_000;
+
+/// A request without a deadline is ordered as if it had to start so long after it came.
+const PATIENCE_US: u64 = 60_000_000;
+
+/// Clients whose last turn is remembered. Who is forgotten counts as never served.
+const MOST_CLIENTS: usize = 1024;
+
+/// A request that waits for its sequences.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) job: Job,
+    /// Where it comes from, when it ran before.
+    pub(super) resume: Option<Resume>,
+    since_us: u64,
+    order: u64,
+}
+
+/// A choice that ran before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Resume {
+    pub(super) choice: u32,
+    /// Its cells, if they were kept.
+    pub(super) parked: Option<ParkId>,
+    pub(super) since_us: u64,
+    pub(super) order: u64,
+}
+
+impl Waiting {
+    /// Lower is earlier.
+    fn rank(&self, now_us: u64) -> i64 {
+        i64::from(self.job.terms.priority) - (now_us.saturating_sub(self.since_us) / AGING_US) as i64
+    }
+
+    fn due_us(&self) -> u64 {
+        let patient = self.since_us.saturating_add(PATIENCE_US);
+        self.job.terms.deadline_us.map_or(patient, |deadline| deadline.min(patient))
+    }
+
+    pub(super) fn since_us(&self) -> u64 {
+        self.since_us
+    }
+
+    pub(super) fn order(&self) -> u64 {
+        self.order
+    }
+}
+
+/// All that wait.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    waiting: Vec<Waiting>,
+    /// New requests among them, and their prompt tokens.
+    n_new: usize,
+    n_new_tokens: usize,
+    /// Per client, when it was served last.
+    served: Vec<(ClientId, u64)>,
+    clock: u64,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, job: Job, now_us: u64) {
+        self.clock += 1;
+        self.n_new += 1;
+        self.n_new_tokens += job.prompt.len();
+        self.waiting.push(Waiting { job, resume: None, since_us: now_us, order: self.clock });
+    }
+
+    /// A request that ran waits again, in its old place.
+    pub(super) fn push_back(&mut self, job: Job, resume: Resume) {
+        let Resume { since_us, order, .. } = resume;
+        self.waiting.push(Waiting { job, resume: Some(resume), since_us, order });
+    }
+
+    /// Removes all that waits of a request; what it kept is in the second list. `true` when it never ran.
+    pub(super) fn remove(&mut self, id: RequestId) -> (bool, Vec<ParkId>) {
+        let (mut was_new, mut kept) = (false, Vec::new());
+        while let Some(at) = self.waiting.iter().position(|waiting| waiting.job.id == id) {
+            let waiting = self.take(at);
+            was_new |= waiting.resume.is_none();
+            kept.extend(waiting.resume.and_then(|resume| resume.parked));
+        }
+        (was_new, kept)
+    }
+
+    /// New requests whose deadline is over; they are removed.
+    pub(super) fn expired(&mut self, now_us: u64) -> Vec<RequestId> {
+        let is_late = |waiting: &Waiting| {
+            waiting.resume.is_none() && waiting.job.terms.deadline_us.is_some_and(|deadline| deadline <= now_us)
+        };
+        let mut late = Vec::new();
+        while let Some(at) = self.waiting.iter().position(is_late) {
+            late.push(self.take(at).job.id);
+        }
+        late
+    }
+
+    /// Requests that never ran, and their prompt tokens.
+    pub(super) fn n_new(&self) -> (usize, usize) {
+        (self.n_new, self.n_new_tokens)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// The place of the next one; `n_running` is how many sequences a client has.
+    pub(super) fn next(&self, now_us: u64, n_running: impl Fn(ClientId) -> usize) -> Option<usize> {
+        (0..self.waiting.len()).min_by_key(|&at| {
+            let waiting = &self.waiting[at];
+            let client = waiting.job.terms.client;
+            (waiting.rank(now_us), n_running(client), self.served(client), waiting.due_us(), waiting.order)
+        })
+    }
+
+    pub(super) fn at(&self, at: usize) -> &Waiting {
+        &self.waiting[at]
+    }
+
+    /// Takes one out; its client was served now.
+    pub(super) fn admit(&mut self, at: usize) -> Waiting {
+        let waiting = self.take(at);
+        self.clock += 1;
+        let (client, now) = (waiting.job.terms.client, self.clock);
+        match self.served.iter_mut().find(|(known, _)| *known == client) {
+            Some((_, last)) => *last = now,
+            None => self.served.push((client, now)),
+        }
+        if self.served.len() > MOST_CLIENTS {
+            self.served.sort_unstable_by_key(|(_, last)| Reverse(*last));
+            self.served.truncate(MOST_CLIENTS / 2);
+        }
+        waiting
+    }
+
+    fn take(&mut self, at: usize) -> Waiting {
+        let waiting = self.waiting.remove(at);
+        if waiting.resume.is_none() {
+            self.n_new -= 1;
+            self.n_new_tokens -= waiting.job.prompt.len();
+        }
+        waiting
+    }
+
+    fn served(&self, client: ClientId) -> u64 {
+        self.served.iter().find(|(known, _)| *known == client).map_or(0, |(_, last)| *last)
+    }
+}

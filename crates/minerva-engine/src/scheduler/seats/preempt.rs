@@ -1,0 +1,96 @@
+//! Who has to give a seat away, and what goes to host memory and comes back.
+//!
+//! A seat is taken from a request of a worse priority, or from a client who would still have at least as many sequences as the one
+//! who comes: so it never goes back and forth. What it held is copied out, or computed again where that is quicker; the request
+//! goes back to its old place in the queue and goes on with the very tokens it had.
+
+use super::{Seat, Seats};
+use crate::backend::SeqId;
+use crate::scheduler::CacheOp;
+use crate::scheduler::job::{ClientId, Job};
+use crate::scheduler::parked::Found;
+use crate::scheduler::queue::{Resume, Waiting};
+
+impl Seats {
+    /// The seats to take so that `job` has room; `None` when there are not enough that may be taken.
+    pub(in crate::scheduler) fn victims(&self, job: &Job) -> Option<Vec<SeqId>> {
+        let mut victims = Vec::new();
+        while !self.has_room_without(job, &victims) {
+            let candidates = self.busy().filter(|(seq, seat)| {
+                !victims.contains(seq) && !self.is_needed(*seq, seat) && self.has_to_yield(seat, job, &victims)
+            });
+            let worst = candidates.max_by_key(|(_, seat)| {
+                (seat.terms.priority, self.n_running_without(seat.terms.client, &victims), seat.stamp)
+            });
+            victims.push(worst?.0);
+        }
+        Some(victims)
+    }
+
+    /// Others wait for what it computes, or it for others.
+    fn is_needed(&self, seq: SeqId, seat: &Seat) -> bool {
+        seat.is_waiting() || !seat.forks.is_empty() || self.is_source(seq)
+    }
+
+    fn has_to_yield(&self, seat: &Seat, job: &Job, victims: &[SeqId]) -> bool {
+        let (his, ours) = (&seat.terms, &job.terms);
+        let left = self.n_running_without(his.client, victims).saturating_sub(1);
+        let is_ahead = his.client != ours.client && left >= self.n_running(ours.client) + job.n as usize;
+        his.priority > ours.priority || (his.priority == ours.priority && is_ahead)
+    }
+
+    fn n_running_without(&self, client: ClientId, victims: &[SeqId]) -> usize {
+        self.busy().filter(|(seq, seat)| seat.terms.client == client && !victims.contains(seq)).count()
+    }
+
+    /// Takes the seat away. Returns the request as it waits from now on.
+    pub(in crate::scheduler) fn preempt(&mut self, seq: SeqId, ops: &mut Vec<CacheOp>) -> Option<(Job, Resume)> {
+        let seat = &self.all[seq as usize];
+        let id = seat.owner?;
+        let (since_us, order) = seat.queued;
+        let parked = self.parked.park(&seat.tokens[..seat.n_cells], seat.terms.namespace, true);
+        ops.extend(parked.map(|at| CacheOp::Park { seq, at, n_tokens: seat.n_cells() }));
+        let max_tokens = seat.reserved.saturating_sub(seat.tokens.len()) as u32;
+        let job = Job { id, prompt: seat.tokens.clone(), n: 1, max_tokens, reuse: seat.reuse, terms: seat.terms };
+        let resume = Resume { choice: seat.choice, parked, since_us, order };
+        self.release(seq);
+        Some((job, resume))
+    }
+
+    /// Host memory that has more of a prompt than `n_elsewhere`: for a request that ran before its own, for others if it is worth it.
+    pub(super) fn better_parked(&self, waiting: &Waiting, n_elsewhere: usize) -> Option<Found> {
+        let job = &waiting.job;
+        let found = self.parked.best(&job.prompt, job.terms.namespace)?;
+        let is_own = waiting.resume.is_some_and(|resume| resume.parked == Some(found.id));
+        let least = if is_own { 1 } else { self.parked.least_tokens() };
+        ((is_own || job.reuse) && found.n_shared >= n_elsewhere + least).then_some(found)
+    }
+
+    /// Fills a seat that was just taken from host memory.
+    pub(super) fn unpark(&mut self, seq: SeqId, found: Found, ops: &mut Vec<CacheOp>) {
+        let Found { id, n_shared, n_tokens } = found;
+        ops.push(CacheOp::Unpark { at: id, seq, n_tokens: n_tokens as u32 });
+        if n_shared < n_tokens {
+            ops.push(CacheOp::Keep { seq, n_tokens: n_shared as u32 });
+        }
+        self.at(seq).n_cells = n_shared;
+        self.parked.used(id);
+    }
+
+    /// Copies out what a finished sequence holds and nobody else does, before its place is needed.
+    pub(super) fn park_finished(&mut self, seq: SeqId, ops: &mut Vec<CacheOp>) {
+        let seat = &self.all[seq as usize];
+        let (tokens, namespace) = (&seat.tokens[..seat.n_cells], seat.terms.namespace);
+        if seat.owner.is_some() || tokens.len() < self.parked.least_tokens() {
+            return;
+        }
+        let others = (0..self.limits.n_seq_max).filter(|&other| other != seq).map(|other| &self.all[other as usize]);
+        let n_beside = others.map(|other| other.will_share(tokens, namespace)).max().unwrap_or(0);
+        let n_held = n_beside.max(self.parked.n_held(tokens, namespace));
+        if n_held + self.parked.least_tokens() > tokens.len() {
+            return;
+        }
+        let parked = self.parked.park(tokens, namespace, false);
+        ops.extend(parked.map(|at| CacheOp::Park { seq, at, n_tokens: seat.n_cells() }));
+    }
+}

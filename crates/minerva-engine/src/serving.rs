@@ -1,0 +1,61 @@
+//! How requests are served, apart from what a step computes: limits of the queue, the scheduler's policy, who shares cells.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::EngineConfig;
+use crate::request::Request;
+use crate::scheduler::Policy;
+use crate::shared::QueueLimits;
+use crate::status::ModelInfo;
+
+/// The most host memory that copies of sequences take unless somebody says so, in bytes: what llama-server takes by default.
+const MOST_HOST_CACHE_BYTES: u64 = 8 << 30;
+
+/// And the share of the host's memory, as 1 / n; of what the model leaves free no more than a quarter.
+const HOST_CACHE_SHARE: u64 = 16;
+
+/// Who shares the cells of equal beginnings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheIsolation {
+    /// Everybody. A client may find out by the time that an answer takes whether another one sent the same beginning.
+    #[default]
+    None,
+    /// Requests of the same client.
+    Key,
+}
+
+/// How requests are served.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Serving {
+    pub(crate) queue: QueueLimits,
+    pub(crate) policy: Policy,
+    pub(crate) isolation: CacheIsolation,
+}
+
+impl Serving {
+    pub(crate) fn new(config: &EngineConfig, info: &ModelInfo) -> Self {
+        Self {
+            queue: QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens },
+            policy: Policy {
+                max_itl_us: config.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
+                host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),
+            },
+            isolation: config.cache_isolation,
+        }
+    }
+
+    /// Cells are only shared between requests for which this is the same.
+    pub(crate) fn namespace(&self, request: &Request) -> u64 {
+        match self.isolation {
+            CacheIsolation::None => 0,
+            CacheIsolation::Key => request.client,
+        }
+    }
+}
+
+fn default_host_cache_bytes(info: &ModelInfo) -> u64 {
+    let Some(host) = info.placement.memory.iter().find(|memory| memory.device == "Host") else { return 0 };
+    let left = host.free_bytes.saturating_sub(host.planned_bytes) / 4;
+    (host.total_bytes / HOST_CACHE_SHARE).min(left).min(MOST_HOST_CACHE_BYTES)
+}
