@@ -102,6 +102,40 @@ fn a_copied_sequence_continues_like_its_source() {
 }
 
 #[test]
+fn a_sequence_that_was_saved_continues_elsewhere_as_it_would_have() {
+    let model = load();
+    let prompt = model.tokenize("One, two, three, four,", true, false).expect("tokenizes");
+    for kv_unified in [false, true] {
+        let mut context = Context::new(&model, &ContextParams { kv_unified, ..small(2) }).expect("a context");
+        let a = greedy(&mut context, &prompt, 0, 4);
+        assert!(context.truncate_seq(0, prompt.len() as u32 - 1).expect("cuts"));
+        let state = context.save_seq(0).expect("saves");
+        context.clear_seq(0).expect("always");
+        greedy(&mut context, &prompt[..3], 1, 2); // what is in the way is gone afterwards
+        assert!(context.restore_seq(1, &state).expect("restores"));
+        let mut batch = Batch::new(&context);
+        let at = prompt.len() as u32 - 1;
+        batch.push(prompt[at as usize], at, 1, true).expect("within limits");
+        context.decode(&mut batch).expect("decodes");
+        assert_eq!(argmax(context.logits(0).expect("asked for")), a[0], "unified {kv_unified}");
+    }
+}
+
+#[test]
+fn a_damaged_state_is_refused_and_the_context_lives() {
+    let model = load();
+    let mut context = Context::new(&model, &small(2)).expect("a context");
+    greedy(&mut context, &[1, 2, 3, 4, 5], 0, 2);
+    let state = context.save_seq(0).expect("saves");
+    assert!(context.save_seq(2).is_err() && context.restore_seq(2, &state).is_err(), "there are two sequences");
+    for n in [0, 1, 8, state.len() / 2, state.len() - 1] {
+        assert!(!context.restore_seq(1, &state[..n]).unwrap_or(false), "{n} of {} bytes", state.len());
+        context.clear_seq(1).expect("always");
+    }
+    assert_eq!(greedy(&mut context, &[1, 2, 3], 1, 2).len(), 2);
+}
+
+#[test]
 fn loads_report_progress_and_can_be_cancelled() {
     let mut fractions = Vec::new();
     let result = Model::load(&model_path(), &ModelParams::default(), &mut |fraction| {

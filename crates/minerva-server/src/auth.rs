@@ -2,7 +2,7 @@
 
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
-use subtle::ConstantTimeEq as _;
+use subtle::{ConditionallySelectable as _, ConstantTimeEq as _};
 
 /// The keys that are accepted; none means that everybody is.
 pub(crate) struct Keys {
@@ -20,15 +20,19 @@ impl Keys {
         !self.keys.is_empty()
     }
 
-    /// Whether the request carries a key that is accepted, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.
-    pub(crate) fn allow(&self, headers: &HeaderMap) -> bool {
-        !self.are_required() || given(headers).is_some_and(|key| self.contains(key))
+    /// Whose request it is, by the key that it carries as `Authorization: Bearer KEY` or `X-Api-Key: KEY`: from 1, or 0 where no
+    /// keys are needed. `None` without a key that is accepted.
+    pub(crate) fn client(&self, headers: &HeaderMap) -> Option<u64> {
+        if self.are_required() { given(headers).and_then(|key| self.find(key)) } else { Some(0) }
     }
 
     /// Compares with every key, in a time that depends on lengths only: what is learned from it is no key's content.
-    fn contains(&self, given: &[u8]) -> bool {
-        let matches = self.keys.iter().fold(subtle::Choice::from(0), |found, key| found | key.ct_eq(given));
-        matches.into()
+    fn find(&self, given: &[u8]) -> Option<u64> {
+        let mut found = 0;
+        for (number, key) in (1..).zip(&self.keys) {
+            found = u64::conditional_select(&found, &number, key.ct_eq(given));
+        }
+        (found > 0).then_some(found)
     }
 }
 
@@ -44,23 +48,24 @@ fn given(headers: &HeaderMap) -> Option<&[u8]> {
 mod tests {
     use super::*;
 
-    fn allow(name: &'static str, value: &'static str) -> bool {
+    fn client(name: &'static str, value: &'static str) -> Option<u64> {
         let keys = Keys::new(&["sk-one".to_owned(), "sk-two".to_owned()]);
-        keys.allow(&HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]))
+        keys.client(&HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]))
     }
 
     #[test]
     fn either_header_carries_a_key_and_nothing_but_a_whole_key_fits() {
-        assert!(allow("authorization", "Bearer sk-one") && allow("authorization", "bearer sk-two"));
-        assert!(allow("x-api-key", "sk-one"));
+        assert_eq!(client("authorization", "Bearer sk-one"), Some(1));
+        assert_eq!(client("authorization", "bearer sk-two"), Some(2));
+        assert_eq!(client("x-api-key", "sk-one"), Some(1));
         for value in ["Bearer sk-on", "Bearer sk-onee", "Bearer ", "Basic sk-one", "sk-one", "Bearer", ""] {
-            assert!(!allow("authorization", value), "{value}");
+            assert_eq!(client("authorization", value), None, "{value}");
         }
-        assert!(!allow("cookie", "sk-one"));
+        assert_eq!(client("cookie", "sk-one"), None);
     }
 
     #[test]
     fn without_keys_everybody_is_served() {
-        assert!(Keys::new(&[]).allow(&HeaderMap::new()));
+        assert_eq!(Keys::new(&[]).client(&HeaderMap::new()), Some(0));
     }
 }

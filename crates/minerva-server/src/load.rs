@@ -26,6 +26,8 @@ impl Source {
             step_us: u64::from(step_ms) * 1_000,
             max_queued_requests: config.performance.max_queued_requests,
             max_queued_tokens: config.performance.max_queued_tokens,
+            max_itl_ms: config.performance.max_itl_ms,
+            cache_isolation: config.performance.cache_isolation,
             ..SimConfig::default()
         };
         if let Some(n) = config.performance.batch_size {

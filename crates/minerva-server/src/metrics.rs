@@ -150,6 +150,7 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("kv_cells_used", "KV cells of running sequences.", stats.kv_cells_used),
         ("kv_cells_cached", "KV cells kept for reuse.", stats.kv_cells_cached),
         ("kv_cells_total", "All KV cells.", stats.kv_cells_total),
+        ("host_cache_bytes", "Host memory with copies of sequences.", stats.host_cache_bytes),
     ] {
         text.single(name, "gauge", help, value as f64);
     }
@@ -159,6 +160,8 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("generated_tokens_total", "Tokens sampled.", stats.generated_tokens_total),
         ("requests_cancelled_total", "Requests whose client went away.", stats.cancelled_total),
         ("requests_failed_total", "Accepted requests that failed.", stats.failed_total),
+        ("preemptions_total", "Sequences that had to yield and wait again.", stats.preempted_total),
+        ("restored_tokens_total", "Tokens whose cells came back from host memory.", stats.restored_tokens_total),
         ("engine_steps_total", "Steps submitted to the backend.", stats.steps_total),
         ("engine_failed_steps_total", "Steps that the backend failed to compute.", stats.failed_steps_total),
     ] {

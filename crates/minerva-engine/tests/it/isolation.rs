@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use minerva_engine::{Engine, GenerationError, Request, SimConfig};
+use minerva_engine::{CacheIsolation, Engine, GenerationError, Request, SimConfig};
 use proptest::prelude::*;
 
 use crate::support::{ask_alone, greedy, read, submit, tokens, wait_until_idle};
@@ -28,10 +28,12 @@ prop_compose! {
         cache_prompt in prop::bool::weighted(0.8),
         pause_us in prop_oneof![Just(0_u64), 0_u64..2_000],
         leaves_after in prop::option::weighted(0.3, 0_usize..10),
+        client in 0_u64..3,
+        priority in prop::sample::select(vec![0, 0, 0, -1, 3]),
     ) -> Visit {
         let mut prompt = tokens(shared_text, n_shared);
         prompt.extend(tokens(secret, n_own));
-        Visit { request: Request { n, cache_prompt, ..greedy(prompt, max_tokens) }, pause_us, leaves_after }
+        Visit { request: Request { n, cache_prompt, client, priority, ..greedy(prompt, max_tokens) }, pause_us, leaves_after }
     }
 }
 
@@ -44,11 +46,14 @@ prop_compose! {
         step_us in prop::sample::select(vec![0_u64, 0, 30]),
         cannot_cut in any::<bool>(),
         fail_every_steps in prop::option::weighted(0.3, 5_u64..60),
+        host_cache_bytes in prop::sample::select(vec![0, 400, 4_000, 1 << 20]),
+        cache_isolation in prop::sample::select(vec![CacheIsolation::None, CacheIsolation::Key]),
     ) -> SimConfig {
         let n_cells = unified.then_some(n_cells);
         let context_length_tokens = 200;
         SimConfig {
             n_seq_max, unified, n_cells, context_length_tokens, n_batch, step_us, cannot_cut, fail_every_steps,
+            host_cache_bytes, cache_isolation,
             ..SimConfig::default()
         }
     }

@@ -4,6 +4,7 @@
 mod contract;
 mod dropping;
 mod ending;
+mod fairness;
 mod faults;
 mod isolation;
 mod output;

@@ -140,6 +140,9 @@ impl ApiError {
     pub(crate) fn failed(failure: &GenerationError) -> Self {
         match failure {
             GenerationError::Shutdown => Self::unavailable("shutting_down", "the server shut down before the end", 5),
+            expired @ GenerationError::DeadlineExpired { .. } => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", "deadline_expired", expired.to_string())
+            }
             other => Self::internal(other.to_string()),
         }
     }

@@ -24,13 +24,18 @@ use crate::state::{App, Phase, unix_seconds};
 const MAX_INLINE_PARSE_BYTES: usize = 128 << 10;
 
 /// Answers one generation request.
-pub(super) async fn answer(call: &Call<'_>, request: Request<Incoming>, shape: Shape) -> Result<Answered, ApiError> {
+pub(super) async fn answer(
+    call: &Call<'_>,
+    request: Request<Incoming>,
+    shape: Shape,
+    client: u64,
+) -> Result<Answered, ApiError> {
     let app = call.app;
     // Counted first, checked second: a drain that begins in between waits for us.
     let in_flight = app.in_flight.enter();
     let engine = ready_engine(app)?;
     let body = body::read(app, request, call.busy).await?;
-    let (requests, delivery) = if body.bytes.len() > MAX_INLINE_PARSE_BYTES {
+    let (mut requests, delivery) = if body.bytes.len() > MAX_INLINE_PARSE_BYTES {
         let (app, engine) = (Arc::clone(app), engine.clone());
         tokio::task::spawn_blocking(move || parse(&body.bytes, &app, &engine, shape))
             .await
@@ -38,6 +43,13 @@ pub(super) async fn answer(call: &Call<'_>, request: Request<Incoming>, shape: S
     } else {
         parse(&body.bytes, app, &engine, shape)?
     };
+    for request in &mut requests {
+        request.client = client;
+        if request.priority < 0 && !app.settings.allow_priority {
+            let message = "`priority` must be at least 0: this server does not let requests go before others";
+            return Err(ApiError::field("priority", "priority_not_allowed", message));
+        }
+    }
     let has_logprobs = requests.first().is_some_and(|request| request.logprobs.is_some());
     let answer = submit(app, &engine, requests, shape, call.started).await?;
     let envelope = Envelope {

@@ -170,7 +170,8 @@ async fn answer(
         && request.headers().contains_key(header::ORIGIN)
         && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let is_public = is_preflight || route.is_some_and(|route| route.is_public);
-    if !is_public && !call.app.keys.allow(request.headers()) {
+    let client = call.app.keys.client(request.headers());
+    if !is_public && client.is_none() {
         let message = "a valid API key is required: `Authorization: Bearer KEY`";
         return Err(ApiError::request(StatusCode::UNAUTHORIZED, "invalid_api_key", message));
     }
@@ -188,7 +189,7 @@ async fn answer(
     }
     let app = call.app;
     Ok(match route.endpoint {
-        Endpoint::Generate(shape) => generation::answer(call, request, shape).await?,
+        Endpoint::Generate(shape) => generation::answer(call, request, shape, client.unwrap_or(0)).await?,
         Endpoint::Models => json(models::list(app)).into(),
         Endpoint::Model => json(models::get(app, request.uri().path().rsplit('/').next().unwrap_or_default())?).into(),
         Endpoint::Status => json(status::print(app)).into(),

@@ -57,6 +57,9 @@ pub(crate) fn request(fields: &mut Fields, info: &ModelInfo) -> Result<Request, 
         ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
         sampling: sampling(fields)?,
         cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
+        priority: fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.map_or(0, |priority| priority as i32),
+        deadline_ms: fields.count("deadline_ms", 1, u32::MAX)?.map(u64::from),
+        max_itl_ms: fields.count("max_itl_ms", 1, u32::MAX)?.map(u64::from),
         ..Request::default()
     })
 }

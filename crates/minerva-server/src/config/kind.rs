@@ -23,7 +23,10 @@ pub enum Kind {
         max: f64,
     },
     /// A size: `4gb` or `512mb` in text, MiB as a plain number in JSON.
-    Megabytes,
+    Megabytes {
+        /// Whether 0 means none.
+        zero: bool,
+    },
     /// A size in bytes; text may carry a unit.
     Bytes {
         /// The smallest size allowed.
@@ -63,9 +66,12 @@ impl Kind {
                 let number = text.parse::<f64>().ok().filter(|seconds| *seconds > 0.0 && *seconds <= max);
                 number.map(Value::from).ok_or_else(|| self.allowed())
             }
-            Self::Megabytes | Self::Bytes { .. } => {
-                if matches!(self, Self::Megabytes) && text.eq_ignore_ascii_case("auto") {
+            Self::Megabytes { .. } | Self::Bytes { .. } => {
+                if matches!(self, Self::Megabytes { .. }) && text.eq_ignore_ascii_case("auto") {
                     return Ok(nothing());
+                }
+                if matches!(self, Self::Megabytes { zero: true }) && text == "0" {
+                    return Ok(Value::from(0_u64));
                 }
                 let bytes = minerva_gpu::parse_bytes(text).ok().filter(|bytes| *bytes >= self.min_bytes());
                 bytes.map(Value::from).ok_or_else(|| self.allowed())
@@ -92,8 +98,8 @@ impl Kind {
     pub fn parse_json(self, json: &Json) -> Result<Value, String> {
         match (self, json) {
             // Numbers, booleans and texts follow the same rules as text, so that "40" and 40 mean the same.
-            (Self::Megabytes, Json::Number(number)) => {
-                let bytes = number.as_u64().and_then(|mib| mib.checked_mul(1 << 20)).filter(|bytes| *bytes > 0);
+            (Self::Megabytes { zero }, Json::Number(number)) => {
+                let bytes = number.as_u64().and_then(|mib| mib.checked_mul(1 << 20)).filter(|bytes| zero || *bytes > 0);
                 bytes.map(Value::from).ok_or_else(|| self.allowed())
             }
             (Self::List { .. }, Json::Array(items)) => {
@@ -117,9 +123,11 @@ impl Kind {
                 format!("a whole number from {min} to {max}{words}")
             }
             Self::Seconds { max } => format!("a number of seconds above 0 and up to {max}"),
-            Self::Megabytes => {
-                "a size with its unit such as `4gb` or `512mb`, or `auto`; in the config file, a number of MiB"
-                    .to_owned()
+            Self::Megabytes { zero } => {
+                let zero = if zero { ", or 0" } else { "" };
+                format!(
+                    "a size with its unit such as `4gb` or `512mb`, or `auto`; in the config file, a number of MiB{zero}"
+                )
             }
             Self::Bytes { min } => format!("a size of at least {min} bytes, such as `4mb`"),
             Self::Text => "a text that is not empty".to_owned(),
@@ -176,13 +184,18 @@ mod tests {
         }
     }
 
+    const LIMIT: Kind = Kind::Megabytes { zero: false };
+
     #[test]
     fn a_memory_limit_has_a_unit_in_text_and_counts_mebibytes_in_the_file() {
         let limit = |value: Result<Value, String>| value.unwrap().to_u128();
-        assert_eq!(limit(Kind::Megabytes.parse_text("512mb")), Some(512 << 20));
-        assert_eq!(limit(Kind::Megabytes.parse_json(&Json::from(4096))), Some(4096 << 20));
-        assert_eq!(limit(Kind::Megabytes.parse_json(&Json::from("4gb"))), limit(Kind::Megabytes.parse_text("4GB")));
-        assert!(Kind::Megabytes.parse_text("4096").is_err(), "4096 bytes is a forgotten unit");
+        assert_eq!(limit(LIMIT.parse_text("512mb")), Some(512 << 20));
+        assert_eq!(limit(LIMIT.parse_json(&Json::from(4096))), Some(4096 << 20));
+        assert_eq!(limit(LIMIT.parse_json(&Json::from("4gb"))), limit(LIMIT.parse_text("4GB")));
+        assert!(LIMIT.parse_text("4096").is_err(), "4096 bytes is a forgotten unit");
+        assert!(LIMIT.parse_text("0").is_err() && LIMIT.parse_json(&Json::from(0)).is_err());
+        let cache = Kind::Megabytes { zero: true };
+        assert_eq!((limit(cache.parse_text("0")), limit(cache.parse_json(&Json::from(0)))), (Some(0), Some(0)));
     }
 
     #[test]

@@ -87,7 +87,7 @@ fn show(kind: Kind, value: &Value) -> String {
         (Kind::List { secret: true }, Value::Array(_, keys)) => format!("({} hidden)", keys.len()),
         (Kind::List { .. }, Value::Array(_, items)) if items.is_empty() => "none".to_owned(),
         (_, Value::Array(_, items)) => items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(","),
-        (Kind::Megabytes, Value::Num(..)) => {
+        (Kind::Megabytes { .. }, Value::Num(..)) => {
             value.to_u128().map_or_else(String::new, |bytes| format!("{} MiB", bytes >> 20))
         }
         (_, Value::String(_, text)) => text.clone(),

@@ -163,7 +163,7 @@ pub static SETTINGS: &[Setting] = &[
         Kind::Uint { min: 16, max: 1 << 24, words: AUTO_OR_ZERO }, Initial::Unset,
         "The most tokens one request may have, prompt and answer together. `auto`: what the model was trained for, as far \
         as memory allows. Not llama-server's `-c`: see `performance.kv_cells`."),
-    setting("gpu.max_memory_mb", "MINERVA_GPU_MEMORY_LIMIT", "gpu-memory-limit", Kind::Megabytes, Initial::Unset,
+    setting("gpu.max_memory_mb", "MINERVA_GPU_MEMORY_LIMIT", "gpu-memory-limit", Kind::Megabytes { zero: false }, Initial::Unset,
         "The most device memory to use: a number of MiB in the config file, a size with a unit (`4gb`) elsewhere. `auto`: \
         80 % of a CUDA device, half of the system's memory with Metal, a quarter of it on the CPU."),
     setting("gpu.fallback_to_cpu", "MINERVA_CPU_FALLBACK", "cpu-fallback", Kind::Bool, Initial::Bool(true),
@@ -218,9 +218,19 @@ pub static SETTINGS: &[Setting] = &[
         Initial::Uint(32),
         "Tokens of one stream that may go out in a single write. It only matters when a client reads slower than the model \
         writes: a client that keeps up gets every token by itself."),
-    setting("performance.cache_size_mb", "MINERVA_CACHE_SIZE_MB", "cache-size", Kind::Megabytes, Initial::Unset,
-        "Reserved for cached prompts outside the KV cache, which this version does not have: cached prompts live in the KV \
-        cells that no sequence uses (`performance.kv_cells`). Accepted from existing files, with a WARN line."),
+    setting("performance.cache_size_mb", "MINERVA_CACHE_SIZE_MB", "cache-size", Kind::Megabytes { zero: true },
+        Initial::Unset,
+        "Host memory for what sequences held when their KV cells were needed by others: long conversations come back from there \
+        instead of being computed again, and so do requests that had to yield. 0 is none. By default a sixteenth of the \
+        host's memory, at most 8 GiB and a quarter of what the model leaves free.").dash("cram"),
+    setting("performance.cache_isolation", "MINERVA_CACHE_ISOLATION", "cache-isolation", Kind::OneOf(&["none", "key"]),
+        Initial::Text("none"),
+        "`key`: requests share cached prompts only with requests of the same API key, so that nobody finds out by the time of \
+        an answer what others have sent. `none`: everybody shares."),
+    setting("performance.max_itl_ms", "MINERVA_MAX_ITL_MS", "max-itl-ms", Kind::Uint { min: 1, max: 60_000, words: &[] },
+        Initial::Unset,
+        "The longest gap between two tokens of a stream that prompts of others may cause, in milliseconds, as far as \
+        steps can be cut that short. By default about two and a half times what it is without them."),
     setting("performance.max_queued_requests", "MINERVA_MAX_QUEUED_REQUESTS", "max-queued-requests",
         Kind::Uint { min: 0, max: 1_000_000, words: &[] }, Initial::Uint(256),
         "Requests that may wait for a sequence; one more is refused with 429."),
@@ -243,6 +253,9 @@ pub static SETTINGS: &[Setting] = &[
         "Answer requests whatever `model` they name, instead of 404 for a name that is not the model's."),
     setting("server.strict", "MINERVA_STRICT", "strict", Kind::Bool, Initial::Bool(false),
         "Refuse requests with fields that Minerva does not know, instead of ignoring those fields."),
+    setting("server.allow_priority", "MINERVA_ALLOW_PRIORITY", "allow-priority", Kind::Bool, Initial::Bool(false),
+        "Let requests ask to be served before others, with a `priority` below 0. Above 0, which is after others, is always \
+        allowed."),
     setting("server.allow_origins", "MINERVA_ALLOW_ORIGINS", "allow-origin", Kind::List { secret: false }, Initial::Empty,
         "Web pages that may call this server: origins such as `https://chat.example`, or `*`. Without it requests from \
         other origins are refused, so that no web page can use a server on its visitor's machine."),

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use minerva_engine::{EngineConfig, FlashAttention, KvType, RpcServer};
+use minerva_engine::{CacheIsolation, EngineConfig, FlashAttention, KvType, RpcServer};
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
 
@@ -67,7 +67,10 @@ pub struct PerformanceSettings {
     pub extra_buffers: bool,
     pub mmap: bool,
     pub token_buffer: usize,
+    /// In bytes here.
     pub cache_size_mb: Option<u64>,
+    pub cache_isolation: CacheIsolation,
+    pub max_itl_ms: Option<u64>,
     pub max_queued_requests: usize,
     pub max_queued_tokens: usize,
 }
@@ -83,6 +86,7 @@ pub struct ServerSettings {
     pub insecure: bool,
     pub accept_any_model: bool,
     pub strict: bool,
+    pub allow_priority: bool,
     pub allow_origins: Vec<String>,
     pub allow_hosts: Vec<String>,
     pub grace_seconds: Seconds,
@@ -143,9 +147,6 @@ impl Config {
 
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
-        if self.performance.cache_size_mb.is_some() {
-            warnings.push("`performance.cache_size_mb` is accepted but has no effect in this version".to_owned());
-        }
         if self.performance.n_ubatch.is_some_and(|n| n > self.performance.n_batch) {
             warnings.push("`performance.n_ubatch` is larger than `performance.n_batch`, which bounds it".to_owned());
         }
@@ -216,6 +217,9 @@ impl Config {
             use_mmap: performance.mmap,
             max_queued_requests: performance.max_queued_requests,
             max_queued_tokens: performance.max_queued_tokens,
+            max_itl_ms: performance.max_itl_ms,
+            host_cache_bytes: performance.cache_size_mb,
+            cache_isolation: performance.cache_isolation,
             chat_template,
             probe: None, // only a program can be started a second time: `probing`
         })

@@ -33,3 +33,4 @@ mod rpc_worker;
 mod server;
 mod shutdown;
 mod stream;
+mod terms;
