@@ -7,7 +7,7 @@ use minerva_llama::RpcServer;
 use serde::{Deserialize, Serialize};
 
 use crate::probe::ProbeConfig;
-use crate::serving::CacheIsolation;
+use crate::serving::{CacheIsolation, Speculation};
 
 /// How to load a model and how much of the machine to give it. Fields that are `None` are chosen by the engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -67,6 +67,8 @@ pub struct EngineConfig {
     /// Host memory for what sequences held when they had to give their cells away, in bytes; 0 for none. `None` is a sixteenth
     /// of the host's memory, at most 8 GiB and a quarter of what the model leaves free.
     pub host_cache_bytes: Option<u64>,
+    /// How the next tokens of a sequence are guessed.
+    pub speculation: Speculation,
     /// Who shares the cells of equal beginnings.
     pub cache_isolation: CacheIsolation,
     /// A chat template to use in place of the model's.
@@ -105,6 +107,7 @@ impl Default for EngineConfig {
             max_queued_tokens: 1 << 20,
             max_itl_ms: None,
             host_cache_bytes: None,
+            speculation: Speculation::Ngram,
             cache_isolation: CacheIsolation::None,
             chat_template: None,
             probe: None,

@@ -50,7 +50,7 @@ pub use intake::MAX_LOGPROBS;
 pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
 pub use request::{ChatMessage, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplingParams};
-pub use serving::CacheIsolation;
+pub use serving::{CacheIsolation, Speculation};
 pub use sim::SimConfig;
 pub use status::{BuildInfo, DeviceMemory, EngineStats, LoadProgress, ModelInfo, Placement};
 pub use stream::EventStream;

@@ -27,6 +27,9 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Reuse cached cells of an earlier request that began with the same tokens. Default true.
     pub cache_prompt: bool,
+    /// Whether the next tokens may be guessed from what the text has said before and computed along. It never changes what is sampled.
+    /// Default true.
+    pub speculate: bool,
     /// Whose request it is; 0 for nobody in particular. Seats and steps are shared evenly between clients.
     pub client: u64,
     /// Lower is served earlier, and may take the seat of what is served later. Default 0.
@@ -50,6 +53,7 @@ impl Default for Request {
             sampling: SamplingParams::default(),
             logprobs: None,
             cache_prompt: true,
+            speculate: true,
             client: 0,
             priority: 0,
             deadline_ms: None,

@@ -25,6 +25,18 @@ pub enum CacheIsolation {
     Key,
 }
 
+/// How the next tokens of a sequence are guessed. Guesses are computed along and kept as far as sampling agrees, so they change the
+/// time that an answer takes and not its distribution.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Speculation {
+    /// Not at all.
+    Off,
+    /// What followed the same tokens earlier in the sequence, as long as it pays.
+    #[default]
+    Ngram,
+}
+
 /// How requests are served.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Serving {
@@ -39,6 +51,7 @@ impl Serving {
             queue: QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens },
             policy: Policy {
                 max_itl_us: config.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
+                guess: config.speculation == Speculation::Ngram,
                 host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),
             },
             isolation: config.cache_isolation,

@@ -38,6 +38,8 @@ struct Totals {
     cancelled: AtomicU64,
     failed: AtomicU64,
     failed_steps: AtomicU64,
+    guessed_tokens: AtomicU64,
+    right_guesses: AtomicU64,
     preempted: AtomicU64,
     restored_tokens: AtomicU64,
 }
@@ -85,6 +87,8 @@ impl Shared {
             cancelled_total: totals.cancelled.load(Relaxed),
             failed_total: totals.failed.load(Relaxed),
             failed_steps_total: totals.failed_steps.load(Relaxed),
+            guessed_tokens_total: totals.guessed_tokens.load(Relaxed),
+            right_guesses_total: totals.right_guesses.load(Relaxed),
             preempted_total: totals.preempted.load(Relaxed),
             restored_tokens_total: totals.restored_tokens.load(Relaxed),
             host_cache_bytes: self.parked_bytes.load(Relaxed),
@@ -191,6 +195,11 @@ impl Shared {
 
     pub(crate) fn count_failed(&self) {
         self.totals.failed.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_guesses(&self, n_guessed: u64, n_right: u64) {
+        self.totals.guessed_tokens.fetch_add(n_guessed, Relaxed);
+        self.totals.right_guesses.fetch_add(n_right, Relaxed);
     }
 
     pub(crate) fn count_preempted(&self) {

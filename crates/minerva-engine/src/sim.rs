@@ -11,7 +11,7 @@ use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, S
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
 use crate::scheduler::Policy;
-use crate::serving::{CacheIsolation, Serving};
+use crate::serving::{CacheIsolation, Serving, Speculation};
 use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
 
@@ -59,6 +59,10 @@ pub struct SimConfig {
     pub max_itl_ms: Option<u64>,
     /// Host memory for what sequences held when they had to give their cells away, in bytes.
     pub host_cache_bytes: u64,
+    /// How the next tokens of a sequence are guessed.
+    pub speculation: Speculation,
+    /// The text repeats itself after so many tokens, so that guesses can be right.
+    pub period_tokens: Option<u32>,
     /// Who shares the cells of equal beginnings.
     pub cache_isolation: CacheIsolation,
 }
@@ -69,6 +73,7 @@ impl SimConfig {
             queue: QueueLimits { requests: self.max_queued_requests, tokens: self.max_queued_tokens },
             policy: Policy {
                 max_itl_us: self.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
+                guess: self.speculation == Speculation::Ngram,
                 host_cache_bytes: self.host_cache_bytes,
             },
             isolation: self.cache_isolation,
@@ -94,6 +99,8 @@ impl Default for SimConfig {
             max_queued_tokens: 1 << 20,
             max_itl_ms: None,
             host_cache_bytes: 1 << 20,
+            speculation: Speculation::Ngram,
+            period_tokens: None,
             cache_isolation: CacheIsolation::None,
         }
     }
@@ -161,10 +168,16 @@ struct SimSeq {
 
 impl SimSeq {
     /// The likeliest next token: letters, digits and blanks that depend on everything before.
-    fn next(&self, answer_tokens: u32) -> TokenId {
+    fn next(&self, answer_tokens: u32, period_tokens: Option<u32>) -> TokenId {
         let since_answer = self.tokens.iter().rev().position(|&token| token == ANSWER);
         if since_answer.is_some_and(|n| n >= answer_tokens as usize) {
             return END;
+        }
+        // All of it decides still: a token from elsewhere breaks the row.
+        if let Some(period) = period_tokens
+            && self.tokens.len() > 2 * period as usize
+        {
+            return self.tokens[self.tokens.len() - period as usize];
         }
         let hash = self.tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
             (hash ^ u64::from(token.cast_unsigned())).wrapping_mul(0x0100_0000_01b3)
@@ -217,14 +230,14 @@ impl Backend for SimBackend {
         self.n_steps += 1;
         self.rows.clear();
         for row in rows {
-            let answer_tokens = self.config.answer_tokens;
+            let (answer_tokens, period_tokens) = (self.config.answer_tokens, self.config.period_tokens);
             let seq = &mut self.seqs[row.seq as usize];
             assert_eq!(seq.tokens.len(), row.pos as usize, "sequence {} has a gap", row.seq);
             assert!(row.pos < self.config.context_length_tokens, "sequence {} is too long", row.seq);
             seq.tokens.push(row.token);
             self.rows.push(row.output.then(|| {
                 let mut logits = vec![0.0; N_VOCAB];
-                logits[seq.next(answer_tokens) as usize] = 20.0;
+                logits[seq.next(answer_tokens, period_tokens) as usize] = 20.0;
                 logits
             }));
         }

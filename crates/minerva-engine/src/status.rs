@@ -118,6 +118,10 @@ pub struct EngineStats {
     pub failed_total: u64,
     /// Steps that the backend failed to compute.
     pub failed_steps_total: u64,
+    /// Tokens that were guessed and computed along with the one before.
+    pub guessed_tokens_total: u64,
+    /// Of those, the ones that were right.
+    pub right_guesses_total: u64,
     /// Sequences that had to give their seat to somebody else and wait again.
     pub preempted_total: u64,
     /// Tokens whose cells came back from host memory.

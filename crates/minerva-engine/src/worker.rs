@@ -111,6 +111,7 @@ impl Worker {
             n: request.n,
             max_tokens: accepted.max_tokens,
             reuse: request.cache_prompt,
+            guess: request.speculate,
             terms: Terms {
                 client: request.client,
                 namespace: accepted.namespace,
@@ -145,8 +146,12 @@ impl Worker {
     }
 
     fn release(&mut self, seq: SeqId) {
+        let wrong = self.scheduler.settle(seq);
         self.scheduler.release(seq);
         self.owners[seq as usize] = None;
+        if wrong.is_some_and(|n_tokens| !self.backend.truncate(seq, n_tokens)) {
+            self.scheduler.discard(seq);
+        }
     }
 
     /// One turn: admit, compute, sample.
@@ -288,7 +293,8 @@ impl Worker {
     }
 
     fn sample(&mut self, step: &Step, now: Instant) {
-        for output in &step.outputs {
+        let mut outputs = step.outputs.iter().peekable();
+        while let Some(output) = outputs.next() {
             // The prompt of a request with several choices was computed once: the others continue from a copy. It is made
             // before anything is sampled, because the first choice may end here and give its sequence back.
             let n_prompt = step.rows[output.row].pos + 1;
@@ -300,23 +306,40 @@ impl Worker {
                 }
                 is_there
             });
-            self.sample_row(output.row, output.seq, now);
+            let was_guessed = self.sample_row(output.row, output.seq, now);
             for fork in copies {
                 self.sample_row(output.row, fork, now);
             }
+            // After a wrong guess the scores behind it are for another text.
+            while !was_guessed && outputs.next_if(|next| next.seq == output.seq).is_some() {}
+            if outputs.peek().is_none_or(|next| next.seq != output.seq) {
+                self.settle(output.seq);
+            }
+        }
+        let (n_guessed, n_right) = self.scheduler.guesses();
+        self.shared.count_guesses(n_guessed, n_right);
+    }
+
+    /// Frees the cells of wrong guesses.
+    fn settle(&mut self, seq: SeqId) {
+        let Some(n_tokens) = self.scheduler.settle(seq) else { return };
+        if !self.backend.truncate(seq, n_tokens) {
+            self.scheduler.cut_failed(seq);
         }
     }
 
-    fn sample_row(&mut self, row: usize, seq: SeqId, now: Instant) {
-        let Some(id) = self.owners[seq as usize] else { return };
-        let Some(generation) = self.generations.get_mut(&id) else { return };
+    /// Samples one token. `true` when it was guessed, so that the next output of the sequence has the scores after it.
+    fn sample_row(&mut self, row: usize, seq: SeqId, now: Instant) -> bool {
+        let Some(id) = self.owners[seq as usize] else { return false };
+        let Some(generation) = self.generations.get_mut(&id) else { return false };
         let Some(logits) = self.backend.logits(row) else {
-            return self.fail(id, GenerationError::Backend { message: "a step has no scores for its token".into() });
+            self.fail(id, GenerationError::Backend { message: "a step has no scores for its token".into() });
+            return false;
         };
         let advance = generation.advance(seq, logits, &*self.tokenizer, now);
         self.shared.count_generated();
         match advance {
-            Ok(Advance::Continues(token)) => self.scheduler.sampled(seq, token),
+            Ok(Advance::Continues(token)) => return self.scheduler.sampled(seq, token),
             Ok(Advance::Finished) => {
                 let done = generation.is_done();
                 self.release(seq);
@@ -327,6 +350,7 @@ impl Worker {
             Ok(Advance::NobodyListens) => self.cancel(id),
             Err(error) => self.fail(id, GenerationError::Sampling { message: error.to_string() }),
         }
+        false
     }
 
     fn finish(&mut self, id: RequestId, now: Instant) {

@@ -28,6 +28,7 @@ impl Source {
             max_queued_tokens: config.performance.max_queued_tokens,
             max_itl_ms: config.performance.max_itl_ms,
             cache_isolation: config.performance.cache_isolation,
+            speculation: config.performance.speculation,
             ..SimConfig::default()
         };
         if let Some(n) = config.performance.batch_size {

@@ -160,6 +160,8 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("generated_tokens_total", "Tokens sampled.", stats.generated_tokens_total),
         ("requests_cancelled_total", "Requests whose client went away.", stats.cancelled_total),
         ("requests_failed_total", "Accepted requests that failed.", stats.failed_total),
+        ("guessed_tokens_total", "Tokens that were guessed and computed along.", stats.guessed_tokens_total),
+        ("right_guesses_total", "Guessed tokens that were right.", stats.right_guesses_total),
         ("preemptions_total", "Sequences that had to yield and wait again.", stats.preempted_total),
         ("restored_tokens_total", "Tokens whose cells came back from host memory.", stats.restored_tokens_total),
         ("engine_steps_total", "Steps submitted to the backend.", stats.steps_total),

@@ -71,6 +71,11 @@ impl Budget {
         within(prefill_us, token_us).clamp(MIN_PREFILL_TOKENS, self.n_ubatch.max(MIN_PREFILL_TOKENS))
     }
 
+    /// What steps cost.
+    pub(super) fn costs(&self) -> &Costs {
+        &self.costs
+    }
+
     /// Learns from a step that was computed.
     pub fn learn(&mut self, work: Work, step_us: u64) {
         self.costs.learn(work, step_us);

@@ -27,6 +27,8 @@ pub(super) struct Costs {
     decode: [Line; N_BUCKETS],
     /// Time of one prompt token over its place.
     prefill: Line,
+    /// Time of a step that only decodes over its rows.
+    rows: Line,
 }
 
 impl Costs {
@@ -34,6 +36,7 @@ impl Costs {
         let step_us = step_us as f64;
         if work.n_prefill == 0 {
             self.decode[bucket(work.n_decode)].learn(work.n_decode_cells as f64, step_us);
+            self.rows.learn(work.n_decode as f64, step_us);
         } else if work.n_prefill >= MIN_PREFILL_TOKENS {
             let decode_us = self.decode_us(work.n_decode, work.n_decode_cells);
             self.prefill.learn(work.prefill_pos, (step_us - decode_us).max(0.0) / work.n_prefill as f64);
@@ -49,6 +52,11 @@ impl Costs {
         let at = bucket(n_decode);
         let (below, above) = (self.decode[..=at].iter().rev(), self.decode[at..].iter());
         below.chain(above).find_map(|line| line.at(n_cells as f64)).unwrap_or(0.0)
+    }
+
+    /// What one more row adds to a step that only decodes; 0 while nothing is known.
+    pub(super) fn row_us(&self) -> f64 {
+        self.rows.slope()
     }
 
     /// The time of a prompt's token at a place; `None` while nothing is known.
@@ -99,14 +107,21 @@ impl Line {
             return None;
         }
         let (mean_x, mean_y) = (self.x / self.weight, self.y / self.weight);
+        Some(self.slope().mul_add(x - mean_x, mean_y).max(mean_y * Self::FLOOR))
+    }
+
+    /// What one more of `x` adds; never below 0, and 0 where measurements lie too close to each other to say.
+    fn slope(&self) -> f64 {
+        if self.weight <= 0.0 {
+            return 0.0;
+        }
+        let (mean_x, mean_y) = (self.x / self.weight, self.y / self.weight);
         let variance = self.xx / self.weight - mean_x * mean_x;
-        // Measurements side by side say nothing about the slope.
-        let slope = if variance > (0.05 * mean_x).powi(2).max(1.0) {
+        if variance > (0.05 * mean_x).powi(2).max(0.1) {
             ((self.xy / self.weight - mean_x * mean_y) / variance).max(0.0)
         } else {
             0.0
-        };
-        Some(slope.mul_add(x - mean_x, mean_y).max(mean_y * Self::FLOOR))
+        }
     }
 }
 

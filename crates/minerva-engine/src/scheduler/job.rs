@@ -23,6 +23,8 @@ pub struct Job {
     pub max_tokens: u32,
     /// Whether cells of other requests may be reused.
     pub reuse: bool,
+    /// Whether its next tokens may be guessed.
+    pub guess: bool,
     /// On which terms it is served.
     pub terms: Terms,
 }
@@ -50,4 +52,6 @@ pub struct Policy {
     pub max_itl_us: Option<u64>,
     /// Bytes of host memory for what sequences held when they had to give their cells away.
     pub host_cache_bytes: u64,
+    /// Whether tokens may be guessed at all.
+    pub guess: bool,
 }

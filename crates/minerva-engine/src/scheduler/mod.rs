@@ -14,6 +14,7 @@
 
 mod budget;
 mod cost;
+mod draft;
 mod job;
 mod parked;
 mod queue;
@@ -141,6 +142,8 @@ pub struct Scheduler {
     budget: Budget,
     /// The order in which prompts get their share of a step; here for its room.
     prompts: Vec<SeqId>,
+    /// The sequences that decode; here for its room.
+    decoding: Vec<SeqId>,
 }
 
 impl Scheduler {
@@ -153,6 +156,7 @@ impl Scheduler {
             seats: Seats::new(limits, policy),
             budget: Budget::new(limits),
             prompts: Vec::new(),
+            decoding: Vec::new(),
         }
     }
 
@@ -252,13 +256,15 @@ impl Scheduler {
         step.clear();
         let n_batch = self.limits.n_batch as usize;
         // The longest admitted, if there are more than a batch holds.
-        for (seq, seat) in self.seats.decoding().take(n_batch) {
-            step.rows.push(Row { seq, token: seat.last_token(), pos: seat.n_cells(), output: true });
-        }
+        self.decoding.clear();
+        self.decoding.extend(self.seats.decoding().take(n_batch).map(|(seq, _)| seq));
         // By number: where each sequence has a stream of cells, llama.cpp computes at once only sequences whose numbers follow
         // one another in the batch (`split_equal`). Seven and then the first took 84 ms, the eight in order 71.
-        step.rows.sort_unstable_by_key(|row| row.seq);
-        step.outputs.extend(step.rows.iter().enumerate().map(|(row, decoded)| Output { row, seq: decoded.seq }));
+        self.decoding.sort_unstable();
+        let mut n_free = n_batch - self.decoding.len();
+        for i in 0..self.decoding.len() {
+            n_free -= self.decode_rows(self.decoding[i], n_free, step);
+        }
         let n_decode = step.rows.len();
         self.seats.prefilling(&mut self.prompts);
         let mut left = self.budget.prefill_tokens(self.demand(step)).min(n_batch - n_decode);
@@ -281,9 +287,37 @@ impl Scheduler {
         step.n_prefill = step.rows.len() - n_decode;
     }
 
+    /// The rows of one sequence that decodes: what is pending, and guesses. Returns how many of `n_free` it takes beyond one.
+    fn decode_rows(&mut self, seq: SeqId, n_free: usize, step: &mut Step) -> usize {
+        let seat = self.seats.seat_of(seq);
+        let (first, pos) = (step.rows.len(), seat.n_cells());
+        let rest = seat.pending();
+        let n = rest.len().min(n_free + 1);
+        let is_whole = n == rest.len();
+        step.rows.extend(rest[..n].iter().zip(pos..).map(|(&token, pos)| Row { seq, token, pos, output: false }));
+        if is_whole {
+            let most = if self.may_guess() { n_free + 1 - n } else { 0 };
+            let (n_decode, n_cells) = (self.decoding.len(), u64::from(pos));
+            let guess = self.seats.guess(seq, self.budget.costs(), n_decode, n_cells, most);
+            let after = (pos + n as u32)..;
+            step.rows.extend(guess.iter().zip(after).map(|(&token, pos)| Row { seq, token, pos, output: true }));
+            let last = first + n - 1;
+            step.rows[last].output = true;
+            step.outputs.extend((last..step.rows.len()).map(|row| Output { row, seq }));
+        }
+        step.rows.len() - first - 1
+    }
+
+    /// Where each sequence has a stream of cells, llama.cpp computes at once only as many rows of each as the shortest has: one longer
+    /// sequence is another pass.
+    fn may_guess(&self) -> bool {
+        let is_one_pass = self.limits.unified || self.decoding.len() == 1;
+        self.policy.guess && self.limits.keeps_beginnings && is_one_pass
+    }
+
     /// What the rows that decode, and the prompts beside them, ask of a step.
     fn demand(&self, step: &Step) -> Demand {
-        let streams = step.rows.iter().map(|row| self.seats.seat_of(row.seq).terms());
+        let streams = self.decoding.iter().map(|&seq| self.seats.seat_of(seq).terms());
         Demand {
             n_decode: step.rows.len(),
             n_decode_cells: step.rows.iter().map(|row| u64::from(row.pos)).sum(),
@@ -323,9 +357,28 @@ impl Scheduler {
         self.seats.forget_prefix(seq);
     }
 
-    /// `token` was sampled for `seq`; the next step computes it.
-    pub fn sampled(&mut self, seq: SeqId, token: TokenId) {
-        self.seats.sampled(seq, token);
+    /// `token` was sampled for `seq`, or has to follow. The next step computes it, unless it was guessed: then this returns `true`, and the
+    /// next output of the sequence in the same step has the scores after it. All further outputs of the sequence are void.
+    pub fn sampled(&mut self, seq: SeqId, token: TokenId) -> bool {
+        self.seats.sampled(seq, token)
+    }
+
+    /// Nothing more is sampled of `seq` in this step. When wrong guesses are in the cache: how many of its cells stay, the others have
+    /// to go. Call before [`release`](Self::release) as well.
+    pub fn settle(&mut self, seq: SeqId) -> Option<u32> {
+        self.seats.settle(seq).map(|n_cells| n_cells as u32)
+    }
+
+    /// The cells of wrong guesses could not be freed, so the sequence holds nothing now: it computes its whole text again, and nothing is
+    /// guessed any more.
+    pub fn cut_failed(&mut self, seq: SeqId) {
+        self.policy.guess = false;
+        self.seats.compute_again(seq);
+    }
+
+    /// Guessed tokens that were computed, and how many of these were right, since this was asked last.
+    pub fn guesses(&mut self) -> (u64, u64) {
+        self.seats.take_guesses()
     }
 
     /// The sequence is done: its seat is free and its tokens stay for reuse.

@@ -6,6 +6,8 @@ mod sharing;
 
 use sharing::Source;
 
+use super::cost::Costs;
+use super::draft::{Trust, look_up};
 use super::job::{ClientId, Job, Policy, RequestId, Terms};
 use super::parked::Parked;
 use super::queue::Waiting;
@@ -24,6 +26,13 @@ pub(super) struct Seat {
     reuse: bool,
     /// The owner's place in the queue, should it have to go back there.
     queued: (u64, u64),
+    guess: bool,
+    /// Guessed tokens of the step that is being computed, and how many of them were right so far.
+    guessed: Vec<TokenId>,
+    n_right: usize,
+    /// Whether the guesses are in the cache, and not only asked for.
+    is_guess_computed: bool,
+    trust: Trust,
     /// Steps since the owner came here.
     n_steps: u32,
     tokens: Vec<TokenId>,
@@ -45,8 +54,14 @@ impl Seat {
         self.n_cells as u32
     }
 
-    pub(super) fn last_token(&self) -> TokenId {
-        self.tokens[self.n_cells]
+    /// What is not computed yet: the token that was sampled last, or several that had to follow.
+    pub(super) fn pending(&self) -> &[TokenId] {
+        &self.tokens[self.n_cells..]
+    }
+
+    /// More tokens that it may come to have.
+    pub(super) fn n_left(&self) -> usize {
+        self.reserved.saturating_sub(self.tokens.len())
     }
 
     pub(super) fn terms(&self) -> &Terms {
@@ -84,6 +99,8 @@ pub(super) struct Seats {
     limits: BackendLimits,
     pub(super) parked: Parked,
     stamp: u64,
+    /// Guessed tokens, and right ones.
+    guesses: (u64, u64),
     /// No copy has failed yet.
     can_copy: bool,
     /// No move has failed yet.
@@ -98,6 +115,7 @@ impl Seats {
             limits,
             parked: Parked::new(limits, policy.host_cache_bytes),
             stamp: 0,
+            guesses: (0, 0),
             can_copy: limits.keeps_beginnings,
             can_move: true,
         }
@@ -241,6 +259,10 @@ impl Seats {
         seat.reuse = job.reuse;
         seat.queued = (waiting.since_us(), waiting.order());
         seat.n_steps = 0;
+        seat.guess = job.guess;
+        seat.guessed.clear();
+        seat.is_guess_computed = false;
+        seat.trust = Trust::default();
         seat.tokens.clear();
         seat.tokens.extend_from_slice(&job.prompt);
         seat.tokens.reserve(job.max_tokens.min(4096) as usize);
@@ -294,10 +316,71 @@ impl Seats {
         seat.source = None;
     }
 
+    /// Nothing of a running sequence is in the cache any more; what it has said becomes its prompt.
+    pub(super) fn compute_again(&mut self, seq: SeqId) {
+        let seat = self.at(seq);
+        seat.n_cells = 0;
+        seat.n_prompt = seat.tokens.len();
+    }
+
+    /// A row is in the cache. Guesses only count as cells once they were right.
     pub(super) fn computed(&mut self, row: &Row) {
         let seat = self.at(row.seq);
-        debug_assert_eq!(seat.n_cells as u32, row.pos, "rows of a sequence are in order");
-        seat.n_cells += 1;
+        if seat.n_cells < seat.tokens.len() {
+            debug_assert_eq!(seat.n_cells as u32, row.pos, "rows of a sequence are in order");
+            seat.n_cells += 1;
+        } else {
+            seat.is_guess_computed = true;
+        }
+    }
+
+    /// The tokens that are guessed to follow what is pending, at most `most`.
+    pub(super) fn guess(
+        &mut self,
+        seq: SeqId,
+        costs: &Costs,
+        n_decode: usize,
+        n_cells: u64,
+        most: usize,
+    ) -> &[TokenId] {
+        let seat = self.at(seq);
+        seat.guessed.clear();
+        seat.n_right = 0;
+        seat.is_guess_computed = false;
+        // The last token that it may have needs no guess after it: nothing is sampled there.
+        let most = most.min(seat.n_left().saturating_sub(1));
+        if !seat.guess || most == 0 {
+            return &[];
+        }
+        let most = most.min(seat.trust.worth(costs, n_decode, n_cells));
+        if most > 0 {
+            look_up(&seat.tokens, most, &mut seat.guessed);
+        }
+        if seat.guessed.is_empty() {
+            seat.trust.pass();
+        }
+        &seat.guessed
+    }
+
+    pub(super) fn take_guesses(&mut self) -> (u64, u64) {
+        std::mem::take(&mut self.guesses)
+    }
+
+    /// All that was sampled of a sequence in this step is known: the cells of wrong guesses have to go. Returns how many stay.
+    pub(super) fn settle(&mut self, seq: SeqId) -> Option<usize> {
+        let seat = self.at(seq);
+        if !seat.is_guess_computed {
+            seat.guessed.clear();
+            return None;
+        }
+        let (n_guessed, n_right) = (seat.guessed.len(), seat.n_right);
+        seat.trust.learn(n_guessed, n_right);
+        self.guesses.0 += n_guessed as u64;
+        self.guesses.1 += n_right as u64;
+        let seat = self.at(seq);
+        seat.guessed.clear();
+        seat.is_guess_computed = false;
+        (n_right < n_guessed).then_some(seat.n_cells)
     }
 
     pub(super) fn forks(&mut self, seq: SeqId) -> Vec<SeqId> {
@@ -311,8 +394,16 @@ impl Seats {
         forks
     }
 
-    pub(super) fn sampled(&mut self, seq: SeqId, token: TokenId) {
-        self.at(seq).tokens.push(token);
+    /// A token follows. `true` when it was guessed, so that it is computed already and the scores after it are there.
+    pub(super) fn sampled(&mut self, seq: SeqId, token: TokenId) -> bool {
+        let seat = self.at(seq);
+        seat.tokens.push(token);
+        let is_right = seat.is_guess_computed && seat.guessed.get(seat.n_right) == Some(&token);
+        if is_right {
+            seat.n_right += 1;
+            seat.n_cells += 1;
+        }
+        is_right
     }
 
     pub(super) fn release(&mut self, seq: SeqId) {

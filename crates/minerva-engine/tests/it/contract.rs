@@ -108,8 +108,9 @@ proptest! {
         stop in prop::collection::vec(any::<String>(), 0..4),
         (ignore_eos, cache_prompt) in any::<(bool, bool)>(),
         (client, priority, deadline_ms, max_itl_ms) in any::<(u64, i32, Option<u64>, Option<u64>)>(),
+        speculate in any::<bool>(),
     ) {
-        let terms = Request { client, priority, deadline_ms, max_itl_ms, ..Request::default() };
+        let terms = Request { speculate, client, priority, deadline_ms, max_itl_ms, ..Request::default() };
         let request =
             Request { prompt, n, max_tokens, stop, ignore_eos, sampling, logprobs, cache_prompt, ..terms };
         prop_assert_eq!(through_json(&request), request);

@@ -46,6 +46,7 @@ prop_compose! {
         step_us in prop::sample::select(vec![0_u64, 0, 30]),
         cannot_cut in any::<bool>(),
         fail_every_steps in prop::option::weighted(0.3, 5_u64..60),
+        period_tokens in prop::option::of(1_u32..20),
         host_cache_bytes in prop::sample::select(vec![0, 400, 4_000, 1 << 20]),
         cache_isolation in prop::sample::select(vec![CacheIsolation::None, CacheIsolation::Key]),
     ) -> SimConfig {
@@ -53,7 +54,7 @@ prop_compose! {
         let context_length_tokens = 200;
         SimConfig {
             n_seq_max, unified, n_cells, context_length_tokens, n_batch, step_us, cannot_cut, fail_every_steps,
-            host_cache_bytes, cache_isolation,
+            host_cache_bytes, cache_isolation, period_tokens,
             ..SimConfig::default()
         }
     }

@@ -227,6 +227,10 @@ pub static SETTINGS: &[Setting] = &[
         Initial::Text("none"),
         "`key`: requests share cached prompts only with requests of the same API key, so that nobody finds out by the time of \
         an answer what others have sent. `none`: everybody shares."),
+    setting("performance.speculation", "MINERVA_SPECULATION", "speculation", Kind::OneOf(&["off", "ngram"]),
+        Initial::Text("ngram"),
+        "How the next tokens of a text are guessed, to be computed several at a time. `ngram`: what followed the same tokens earlier \
+        in the text, as long as it pays. Guesses are kept only as far as sampling agrees with them."),
     setting("performance.max_itl_ms", "MINERVA_MAX_ITL_MS", "max-itl-ms", Kind::Uint { min: 1, max: 60_000, words: &[] },
         Initial::Unset,
         "The longest gap between two tokens of a stream that prompts of others may cause, in milliseconds, as far as \

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use minerva_engine::{CacheIsolation, EngineConfig, FlashAttention, KvType, RpcServer};
+use minerva_engine::{CacheIsolation, EngineConfig, FlashAttention, KvType, RpcServer, Speculation};
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,7 @@ pub struct PerformanceSettings {
     /// In bytes here.
     pub cache_size_mb: Option<u64>,
     pub cache_isolation: CacheIsolation,
+    pub speculation: Speculation,
     pub max_itl_ms: Option<u64>,
     pub max_queued_requests: usize,
     pub max_queued_tokens: usize,
@@ -220,6 +221,7 @@ impl Config {
             max_itl_ms: performance.max_itl_ms,
             host_cache_bytes: performance.cache_size_mb,
             cache_isolation: performance.cache_isolation,
+            speculation: performance.speculation,
             chat_template,
             probe: None, // only a program can be started a second time: `probing`
         })

@@ -51,7 +51,15 @@ impl Seats {
         let parked = self.parked.park(&seat.tokens[..seat.n_cells], seat.terms.namespace, true);
         ops.extend(parked.map(|at| CacheOp::Park { seq, at, n_tokens: seat.n_cells() }));
         let max_tokens = seat.reserved.saturating_sub(seat.tokens.len()) as u32;
-        let job = Job { id, prompt: seat.tokens.clone(), n: 1, max_tokens, reuse: seat.reuse, terms: seat.terms };
+        let job = Job {
+            id,
+            prompt: seat.tokens.clone(),
+            n: 1,
+            max_tokens,
+            reuse: seat.reuse,
+            guess: seat.guess,
+            terms: seat.terms,
+        };
         let resume = Resume { choice: seat.choice, parked, since_us, order };
         self.release(seq);
         Some((job, resume))

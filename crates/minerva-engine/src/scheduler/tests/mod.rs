@@ -7,6 +7,7 @@
 mod admit;
 mod fairness;
 mod forks;
+mod guesses;
 mod places;
 mod random;
 mod replay;
@@ -35,6 +36,9 @@ struct Script {
     /// Tokens that it could have generated, beyond those.
     n_spare: u32,
     reuse: bool,
+    /// What is generated repeats itself after so many tokens.
+    period: Option<usize>,
+    guess: bool,
     terms: Terms,
     cancelled_at: Option<usize>,
 }
@@ -50,6 +54,8 @@ fn request(name: &str) -> Script {
         n_generate: 1,
         n_spare: 0,
         reuse: true,
+        period: None,
+        guess: true,
         terms: Terms::default(),
         cancelled_at: None,
     }
@@ -118,13 +124,14 @@ impl Script {
 
     /// The token at a place of a choice's history: the prompt, then what that choice generates.
     fn token(&self, choice: u32, place: usize) -> TokenId {
-        let generated = |i: usize| self.id as TokenId * 1000 + 500 + 100 * choice as TokenId + i as TokenId;
+        let said = |i: usize| self.period.map_or(i, |period| i % period) as TokenId;
+        let generated = |i: usize| self.id as TokenId * 1000 + 500 + 100 * choice as TokenId + said(i);
         self.prompt.get(place).copied().unwrap_or_else(|| generated(place - self.prompt.len()))
     }
 
     fn job(&self) -> Job {
-        let Self { id, n, reuse, terms, .. } = *self;
-        Job { id, prompt: self.prompt.clone(), n, max_tokens: self.max_tokens(), reuse, terms }
+        let Self { id, n, reuse, guess, terms, .. } = *self;
+        Job { id, prompt: self.prompt.clone(), n, max_tokens: self.max_tokens(), reuse, guess, terms }
     }
 }
 

@@ -58,7 +58,7 @@ pub(super) struct Replay {
 
 impl Replay {
     pub(super) fn new(limits: BackendLimits) -> Self {
-        Self::with_policy(limits, Policy { host_cache_bytes: 200, ..Policy::default() })
+        Self::with_policy(limits, Policy { host_cache_bytes: 200, guess: true, ..Policy::default() })
     }
 
     pub(super) fn with_policy(limits: BackendLimits, policy: Policy) -> Self {
@@ -151,6 +151,11 @@ impl Replay {
     }
 
     fn release(&mut self, seq: SeqId) {
+        if let Some(n_tokens) = self.scheduler.settle(seq)
+            && !self.truncate(seq, n_tokens)
+        {
+            self.scheduler.discard(seq);
+        }
         self.scheduler.release(seq);
         self.owners[seq as usize] = None;
     }
@@ -318,7 +323,8 @@ impl Replay {
     }
 
     fn sample(&mut self, step: &Step) {
-        for output in &step.outputs {
+        let mut outputs = step.outputs.iter().peekable();
+        while let Some(output) = outputs.next() {
             for fork in self.scheduler.forks(output.seq) {
                 let source = self.cache[output.seq as usize].clone();
                 assert_eq!(source.len() as u32, step.rows[output.row].pos + 1);
@@ -331,12 +337,29 @@ impl Replay {
                     self.sampled(fork);
                 }
             }
-            self.sampled(output.seq);
+            let was_guessed = self.sampled(output.seq);
+            while !was_guessed && outputs.next_if(|next| next.seq == output.seq).is_some() {}
+            if outputs.peek().is_none_or(|next| next.seq != output.seq) {
+                self.settle(output.seq);
+            }
         }
     }
 
-    fn sampled(&mut self, seq: SeqId) {
-        let Some(id) = self.owners[seq as usize] else { return };
+    fn settle(&mut self, seq: SeqId) {
+        if let Some(n_tokens) = self.scheduler.settle(seq)
+            && !self.truncate(seq, n_tokens)
+        {
+            self.note(&format!("{} is lost", self.name(seq)));
+            let id = self.owners[seq as usize].expect("it runs");
+            let live = self.live.get_mut(&id).expect("an owner is live");
+            let choice = live.choice(seq) as usize;
+            live.resumed[choice] = true;
+            self.scheduler.cut_failed(seq);
+        }
+    }
+
+    fn sampled(&mut self, seq: SeqId) -> bool {
+        let Some(id) = self.owners[seq as usize] else { return false };
         let live = self.live.get_mut(&id).expect("an owner is live");
         let choice = live.choice(seq);
         let at = live.n_generated[choice as usize] as usize;
@@ -352,6 +375,7 @@ impl Replay {
         if all_done {
             self.live.remove(&id);
         }
+        false
     }
 
     fn step_failed(&mut self, step: &Step, fault: Fault) {
@@ -371,8 +395,9 @@ impl Replay {
 
     fn note_rows(&mut self, step: &Step) {
         let n_decode = step.rows.len() - step.n_prefill;
-        for row in &step.rows[..n_decode] {
-            self.note(&format!("{} decode", self.name(row.seq)));
+        for rows in step.rows[..n_decode].chunk_by(|a, b| a.seq == b.seq) {
+            let guesses = if rows.len() > 1 { format!(" and {}", rows.len() - 1) } else { String::new() };
+            self.note(&format!("{} decode{guesses}", self.name(rows[0].seq)));
         }
         for chunk in step.rows[n_decode..].chunk_by(|a, b| a.seq == b.seq) {
             let (from, to) = (chunk[0].pos, chunk[0].pos + chunk.len() as u32);
@@ -390,15 +415,19 @@ impl Replay {
             let live = &self.live[&id];
             let length = &mut lengths[row.seq as usize];
             assert_eq!(row.pos as usize, *length, "sequence {} has a gap", row.seq);
-            assert_eq!(row.token, live.script.token(live.choice(row.seq), *length), "a token of somebody else");
+            let choice = live.choice(row.seq);
+            let n_known = live.script.prompt.len() + live.n_generated[choice as usize] as usize;
+            let is_guess = *length >= n_known;
+            assert!(is_guess || row.token == live.script.token(choice, *length), "a token of somebody else");
             *length += 1;
-            let n_known = live.script.prompt.len() + live.n_generated[live.choice(row.seq) as usize] as usize;
-            assert_eq!(row.output, *length == n_known, "scores are asked for where a token follows");
+            assert_eq!(row.output, *length >= n_known, "scores are asked for where a token follows");
+            assert!(*length < live.script.n_cells(), "a guess has no room");
         }
         let asked: Vec<_> = step.outputs.iter().map(|output| (output.row, output.seq)).collect();
         let rows = step.rows.iter().enumerate();
         assert_eq!(asked, rows.filter(|(_, row)| row.output).map(|(i, row)| (i, row.seq)).collect::<Vec<_>>());
-        let n_decode = step.rows.len() - step.n_prefill;
+        let decode = &step.rows[..step.rows.len() - step.n_prefill];
+        let n_decode = decode.chunk_by(|a, b| a.seq == b.seq).count();
         let ready = self
             .live
             .values()

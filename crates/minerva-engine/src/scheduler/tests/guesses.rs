@@ -1,0 +1,71 @@
+//! Guessed tokens: computed along, kept as far as they were right, and never in anybody's way.
+
+use expect_test::expect;
+
+use super::{Script, limits, pool, request, simulate};
+
+fn repeating(name: &str, period: usize, n_generate: u32) -> Script {
+    Script { period: Some(period), ..request(name).prompt(3).generate(n_generate) }
+}
+
+#[test]
+fn a_text_that_repeats_itself_takes_fewer_steps_and_a_guess_that_goes_too_far_is_taken_back() {
+    let trace = simulate(limits(1, 16), &[repeating("a", 3, 22)]);
+    expect![[r#"
+        tick 0 | a prefill 0..3
+        tick 1 | a decode
+        tick 2 | a decode
+        tick 3 | a decode
+        tick 4 | a decode
+        tick 5 | a decode
+        tick 6 | a decode and 8
+        tick 7 | a decode and 6
+    "#]]
+    .assert_eq(&trace);
+}
+
+#[test]
+fn with_a_stream_per_sequence_only_a_lone_sequence_is_guessed_for() {
+    let trace = simulate(limits(2, 16), &[repeating("a", 1, 9), request("b").at_tick(1).prompt(2).generate(7)]);
+    expect![[r#"
+        tick 0 | a prefill 0..3
+        tick 1 | a decode | b prefill 0..2
+        tick 2 | a decode | b decode
+        tick 3 | a decode | b decode
+        tick 4 | a decode | b decode
+        tick 5 | a decode | b decode
+        tick 6 | a decode | b decode
+        tick 7 | a decode | b decode
+        tick 8 | a decode
+    "#]]
+    .assert_eq(&trace);
+}
+
+#[test]
+fn with_one_pool_guesses_are_made_for_all_as_far_as_a_batch_has_room() {
+    let trace = simulate(pool(2, 64), &[repeating("a", 1, 12), repeating("b", 2, 12)]);
+    expect![[r#"
+        tick 0 | a prefill 0..3 | b prefill 0..3
+        tick 1 | a decode | b decode
+        tick 2 | a decode | b decode
+        tick 3 | a decode | b decode
+        tick 4 | a decode and 7 | b decode
+        tick 5 | b decode and 4
+        tick 6 | b decode and 1
+    "#]]
+    .assert_eq(&trace);
+}
+
+#[test]
+fn a_request_that_wants_no_guesses_gets_none() {
+    let trace = simulate(limits(1, 16), &[Script { guess: false, ..repeating("a", 1, 6) }]);
+    expect![[r#"
+        tick 0 | a prefill 0..3
+        tick 1 | a decode
+        tick 2 | a decode
+        tick 3 | a decode
+        tick 4 | a decode
+        tick 5 | a decode
+    "#]]
+    .assert_eq(&trace);
+}
