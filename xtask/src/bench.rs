@@ -1,4 +1,4 @@
-//! `cargo xtask bench-engine`, `bench-serve` and `bench-gpu`: set up, build in release, measure. The programs are in benches/.
+//! `cargo xtask bench-engine`, `bench-serve`, `bench-gpu` and `replay`: set up, build in release, measure. The programs are in benches/.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -39,6 +39,14 @@ pub(crate) fn serve(args: &Args) -> anyhow::Result<ExitCode> {
 /// When set-up or build fails. The program's own exit code is this task's: 1 for a regression, 2 for a missing GPU.
 pub(crate) fn gpu(args: &Args) -> anyhow::Result<ExitCode> {
     run("bench_gpu", args)
+}
+
+/// A recorded schedule, run again.
+///
+/// # Errors
+/// When set-up or build fails. The program's own exit code is this task's: 1 when a decision differs.
+pub(crate) fn replay(args: &Args) -> anyhow::Result<ExitCode> {
+    run("replay", args)
 }
 
 fn run(program: &str, args: &Args) -> anyhow::Result<ExitCode> {

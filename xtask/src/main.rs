@@ -36,6 +36,8 @@ enum Task {
     BenchServe(bench::Args),
     /// Measure GPU against CPU, memory, and the guide's three tables
     BenchGpu(bench::Args),
+    /// Run a recorded schedule again (`--trace-file` of the server) and compare every decision
+    Replay(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Task::BenchEngine(args) => return exit_code(bench::engine(&args)),
         Task::BenchServe(args) => return exit_code(bench::serve(&args)),
         Task::BenchGpu(args) => return exit_code(bench::gpu(&args)),
+        Task::Replay(args) => return exit_code(bench::replay(&args)),
     };
     exit_code(result.map(|()| ExitCode::SUCCESS))
 }

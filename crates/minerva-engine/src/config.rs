@@ -67,6 +67,9 @@ pub struct EngineConfig {
     /// Host memory for what sequences held when they had to give their cells away, in bytes; 0 for none. `None` is a sixteenth
     /// of the host's memory, at most 8 GiB and a quarter of what the model leaves free.
     pub host_cache_bytes: Option<u64>,
+    /// A file for what is asked of the scheduler and what it answers, without any token of a prompt or answer; `cargo xtask replay`
+    /// runs it again.
+    pub trace_path: Option<PathBuf>,
     /// How the next tokens of a sequence are guessed.
     pub speculation: Speculation,
     /// Who shares the cells of equal beginnings.
@@ -107,6 +110,7 @@ impl Default for EngineConfig {
             max_queued_tokens: 1 << 20,
             max_itl_ms: None,
             host_cache_bytes: None,
+            trace_path: None,
             speculation: Speculation::Ngram,
             cache_isolation: CacheIsolation::None,
             chat_template: None,

@@ -127,9 +127,9 @@ impl Engine {
         let (commands, mailbox) = mpsc::channel();
         let (tasks, inbox) = mpsc::channel();
         let n_ctx = info.context_length_tokens as usize;
+        let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
         let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving };
         thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
-        let worker = Worker::new(loaded, serving.policy, mailbox, Arc::clone(&shared));
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
         let inner = Inner {
             info,

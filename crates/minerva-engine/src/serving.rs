@@ -1,5 +1,7 @@
 //! How requests are served, apart from what a step computes: limits of the queue, the scheduler's policy, who shares cells.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::EngineConfig;
@@ -38,11 +40,13 @@ pub enum Speculation {
 }
 
 /// How requests are served.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Serving {
     pub(crate) queue: QueueLimits,
     pub(crate) policy: Policy,
     pub(crate) isolation: CacheIsolation,
+    /// Where to write down what is asked of the scheduler.
+    pub(crate) trace_path: Option<PathBuf>,
 }
 
 impl Serving {
@@ -55,6 +59,7 @@ impl Serving {
                 host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),
             },
             isolation: config.cache_isolation,
+            trace_path: config.trace_path.clone(),
         }
     }
 

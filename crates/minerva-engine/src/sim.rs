@@ -4,6 +4,7 @@
 //! cell that belongs to somebody else, a missing one or one in the wrong place changes the text. It keeps the books that
 //! llama.cpp keeps and panics when the engine breaks a rule that llama.cpp would abort on.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +64,8 @@ pub struct SimConfig {
     pub speculation: Speculation,
     /// The text repeats itself after so many tokens, so that guesses can be right.
     pub period_tokens: Option<u32>,
+    /// Where to write down what is asked of the scheduler.
+    pub trace_path: Option<PathBuf>,
     /// Who shares the cells of equal beginnings.
     pub cache_isolation: CacheIsolation,
 }
@@ -77,6 +80,7 @@ impl SimConfig {
                 host_cache_bytes: self.host_cache_bytes,
             },
             isolation: self.cache_isolation,
+            trace_path: self.trace_path.clone(),
         }
     }
 }
@@ -101,6 +105,7 @@ impl Default for SimConfig {
             host_cache_bytes: 1 << 20,
             speculation: Speculation::Ngram,
             period_tokens: None,
+            trace_path: None,
             cache_isolation: CacheIsolation::None,
         }
     }

@@ -11,7 +11,8 @@ use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
 use crate::parking::Parking;
-use crate::scheduler::{Admission, CacheOp, Copy, Job, Policy, RequestId, Scheduler, Step, Terms};
+use crate::scheduler::{Admission, CacheOp, Copy, Job, RequestId, Step, Terms, Traced};
+use crate::serving::Serving;
 use crate::shared::Shared;
 
 /// What other threads ask of the engine thread.
@@ -30,7 +31,7 @@ pub(crate) struct Worker {
     backend: Box<dyn Backend>,
     tokenizer: Arc<dyn Tokenizer>,
     n_vocab: usize,
-    scheduler: Scheduler,
+    scheduler: Traced,
     generations: HashMap<RequestId, Generation>,
     /// Which request runs in each sequence.
     owners: Vec<Option<RequestId>>,
@@ -43,13 +44,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(loaded: Loaded, policy: Policy, mailbox: Receiver<Command>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(loaded: Loaded, serving: &Serving, mailbox: Receiver<Command>, shared: Arc<Shared>) -> Self {
         let limits = loaded.backend.limits();
         Self {
             backend: loaded.backend,
             tokenizer: loaded.tokenizer,
             n_vocab: limits.n_vocab,
-            scheduler: Scheduler::new(limits, policy),
+            scheduler: Traced::new(limits, serving.policy, serving.trace_path.as_deref()),
             generations: HashMap::new(),
             owners: vec![None; limits.n_seq_max as usize],
             parking: Parking::default(),

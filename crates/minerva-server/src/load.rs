@@ -29,6 +29,7 @@ impl Source {
             max_itl_ms: config.performance.max_itl_ms,
             cache_isolation: config.performance.cache_isolation,
             speculation: config.performance.speculation,
+            trace_path: config.performance.trace_file.clone(),
             ..SimConfig::default()
         };
         if let Some(n) = config.performance.batch_size {

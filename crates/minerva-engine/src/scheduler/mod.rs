@@ -21,6 +21,7 @@ mod queue;
 mod seats;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 pub use budget::{Budget, Demand};
 pub use cost::Work;
@@ -28,12 +29,16 @@ pub use job::{ClientId, Job, Policy, RequestId, Terms};
 pub use parked::ParkId;
 use queue::Queue;
 use seats::Seats;
+pub(crate) use trace::Traced;
+pub use trace::{ReplayError, Replayed, replay};
+
+use serde::{Deserialize, Serialize};
 
 use crate::backend::{BackendLimits, Row, SeqId};
 use crate::request::TokenId;
 
 /// A change of the cache that has to happen before the next step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheOp {
     /// Keep the first tokens of a sequence. When the backend cannot, call [`Scheduler::forget_prefix`].
     Keep {
@@ -76,7 +81,7 @@ pub enum CacheOp {
 
 /// A prefix that one sequence gets from another before the next step. When the backend cannot, call
 /// [`Scheduler::copy_failed`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Copy {
     /// The sequence that holds it.
     pub src: SeqId,
@@ -87,7 +92,7 @@ pub struct Copy {
 }
 
 /// A request that got its sequences.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admission {
     /// The request.
     pub id: RequestId,

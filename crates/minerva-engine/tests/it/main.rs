@@ -12,3 +12,4 @@ mod own_process;
 mod real_model;
 mod refusals;
 mod support;
+mod traces;

@@ -231,6 +231,9 @@ pub static SETTINGS: &[Setting] = &[
         Initial::Text("ngram"),
         "How the next tokens of a text are guessed, to be computed several at a time. `ngram`: what followed the same tokens earlier \
         in the text, as long as it pays. Guesses are kept only as far as sampling agrees with them."),
+    setting("performance.trace_file", "MINERVA_TRACE_FILE", "trace-file", Kind::Text, Initial::Unset,
+        "Write down what is asked of the scheduler and what it answers, at most 4 GiB. Tokens are replaced by numbers that tell \
+        nothing but which of them are equal. `cargo xtask replay FILE` runs it again."),
     setting("performance.max_itl_ms", "MINERVA_MAX_ITL_MS", "max-itl-ms", Kind::Uint { min: 1, max: 60_000, words: &[] },
         Initial::Unset,
         "The longest gap between two tokens of a stream that prompts of others may cause, in milliseconds, as far as \

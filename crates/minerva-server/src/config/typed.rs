@@ -71,6 +71,7 @@ pub struct PerformanceSettings {
     pub cache_size_mb: Option<u64>,
     pub cache_isolation: CacheIsolation,
     pub speculation: Speculation,
+    pub trace_file: Option<PathBuf>,
     pub max_itl_ms: Option<u64>,
     pub max_queued_requests: usize,
     pub max_queued_tokens: usize,
@@ -222,6 +223,7 @@ impl Config {
             host_cache_bytes: performance.cache_size_mb,
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,
+            trace_path: performance.trace_file.clone(),
             chat_template,
             probe: None, // only a program can be started a second time: `probing`
         })
