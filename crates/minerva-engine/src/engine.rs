@@ -3,9 +3,9 @@
 use minerva_gpu::plan::{Plan, PlanMachine};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -47,15 +47,29 @@ pub struct Engine {
     inner: Arc<Inner>,
 }
 
-/// What handles and streams share. Dropping the last one ends the threads.
+/// What handles and streams share. Dropping the last one ends the threads, and frees the model before it returns.
 pub(crate) struct Inner {
     info: ModelInfo,
     shared: Arc<Shared>,
-    tokenizer: Arc<dyn Tokenizer>,
     next_id: AtomicU64,
     commands: Sender<Command>,
+    // From here on in the order of the end: no more tasks, both threads, and what is then the last owner of the model.
     tasks: Sender<Task>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    _intake: Joined,
+    _worker: Joined,
+    tokenizer: Arc<dyn Tokenizer>,
+}
+
+/// A thread that is waited for when this is dropped.
+struct Joined(Option<JoinHandle<()>>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        // The last handle can be dropped on one of the engine's own threads; a thread cannot wait for itself.
+        if let Some(thread) = self.0.take().filter(|thread| thread.thread().id() != thread::current().id()) {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Engine {
@@ -129,16 +143,17 @@ impl Engine {
         let n_ctx = info.context_length_tokens as usize;
         let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
         let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving };
-        thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
+        let intake = thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
         let inner = Inner {
             info,
             shared,
-            tokenizer,
             next_id: AtomicU64::new(1),
             commands,
             tasks,
-            worker: Mutex::new(Some(worker)),
+            _intake: Joined(Some(intake)),
+            _worker: Joined(Some(worker)),
+            tokenizer,
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -256,12 +271,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.send(Command::Shutdown);
-        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // The last handle can be dropped on one of the engine's own threads; a thread cannot wait for itself.
-        if let Some(worker) = worker.filter(|worker| worker.thread().id() != thread::current().id()) {
-            let _ = worker.join(); // the model's memory is free when this returns
-        }
+        self.send(Command::Shutdown); // the fields do the rest
     }
 }
 
@@ -307,6 +317,21 @@ mod tests {
 
         fn restore(&mut self, _seq: SeqId, _state: &[u8]) -> bool {
             false
+        }
+    }
+
+    #[test]
+    fn the_model_is_free_when_the_last_handle_is_gone() {
+        for _ in 0..100 {
+            let (loaded, info) = sim::load(SimConfig::default());
+            let model = Arc::downgrade(&loaded.tokenizer);
+            let engine = Engine::start(loaded, info, SimConfig::default().serving());
+            let engine = engine.expect("the system can start a thread");
+            let events = engine.generate_blocking(Request::text("x").max_tokens(500)).expect("accepted");
+            drop(engine);
+            assert!(model.upgrade().is_some(), "a stream keeps the engine");
+            drop(events);
+            assert!(model.upgrade().is_none());
         }
     }
 
