@@ -1,4 +1,4 @@
-//! Percentiles and medians.
+//! Percentiles, medians and slopes.
 
 /// Sorts a sample for [`percentile`].
 pub(crate) fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
@@ -21,9 +21,27 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Some(if values.len() % 2 == 1 { high } else { f64::midpoint(values[middle - 1], high) })
 }
 
+/// How much y grows with each unit of x: the median over all pairs of points (Theil and Sen), which stays as it is until
+/// three points of ten are wild. `None` without two different x.
+pub(crate) fn slope(points: &[(f64, f64)]) -> Option<f64> {
+    let pairs = points.iter().enumerate().flat_map(|(at, a)| points[at + 1..].iter().map(move |b| (a, b)));
+    median(pairs.map(|(a, b)| (b.1 - a.1) / (b.0 - a.0)).filter(|slope| slope.is_finite()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_slope_is_not_moved_by_a_few_wild_points() {
+        let mut points: Vec<(f64, f64)> = (0..20).map(|x| (f64::from(x), 7.0 + 2.0 * f64::from(x))).collect();
+        for at in [3, 9, 17] {
+            points[at].1 = 1e6;
+        }
+        assert_eq!(slope(&points), Some(2.0));
+        assert_eq!(slope(&points[..1]), None);
+        assert_eq!(slope(&[(1.0, 2.0), (1.0, 3.0)]), None);
+    }
 
     #[test]
     fn percentiles_are_values_of_the_sample() {

@@ -60,6 +60,9 @@ pub struct Args {
     /// Make every step of the engine take so much longer, to prove that --gate notices
     #[arg(long, value_name = "PERCENT", default_value_t = 0.0, hide = true)]
     pub(super) slow_down: f64,
+    /// Lose so much memory with every load and unload of the memory part, to prove that its bound notices
+    #[arg(long, value_name = "BYTES", default_value_t = 0, hide = true)]
+    pub(super) leak: usize,
     /// Be one of the two sides that are compared
     #[arg(long, value_name = "JSON", hide = true)]
     pub(super) side_worker: Option<String>,

@@ -12,13 +12,14 @@ use minerva_benches::gpu::{self, Args, Report};
 /// One at a time: each would be the other's busy neighbour.
 static MACHINE: Mutex<()> = Mutex::new(());
 
-fn measure(parts: &str) -> Report {
+fn measure(parts: &str, more: &[&str]) -> Report {
     let _alone = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
     let model =
         std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model");
     // One thread: threads that meet at barriers stand still when another program is busy.
     let line = ["bench_gpu", "--quick", "--threads", "1", "--parts", parts, "--model"];
-    let args = Args::parse_from(line.map(OsString::from).into_iter().chain([model]));
+    let args =
+        Args::parse_from(line.map(OsString::from).into_iter().chain([model]).chain(more.iter().map(OsString::from)));
     let report = gpu::report(&args, Path::new(env!("CARGO_BIN_EXE_bench_gpu")), |line| println!("{line}"));
     let report = report.unwrap();
     println!("{}", report.markdown());
@@ -33,7 +34,7 @@ fn has_gpu(report: &Report) -> bool {
 
 #[test]
 fn bench_gpu_vs_cpu() {
-    let report = measure("speed");
+    let report = measure("speed", &[]);
     let mut places = vec!["cpu"];
     if has_gpu(&report) {
         places.push("gpu");
@@ -52,7 +53,7 @@ fn bench_gpu_vs_cpu() {
 
 #[test]
 fn bench_memory_usage() {
-    let report = measure("memory");
+    let report = measure("memory", &[]);
     let places: &[&str] = if has_gpu(&report) { &["cpu", "gpu"] } else { &["cpu"] };
     if cfg!(target_os = "linux") {
         for place in places {
@@ -62,4 +63,12 @@ fn bench_memory_usage() {
         }
     }
     assert_eq!(report.leaks(), Vec::<String>::new());
+}
+
+#[test]
+fn a_leak_of_a_megabyte_with_every_load_is_found() {
+    let leaks = measure("memory", &["--leak", "1048576"]).leaks();
+    if cfg!(target_os = "linux") {
+        assert!(leaks.iter().any(|leak| leak.contains("loads and unloads the process grew by")), "{leaks:?}");
+    }
 }
