@@ -5,6 +5,7 @@ pub mod engine;
 pub mod gpu;
 pub mod serve;
 
-mod machine; // what all of them share
+mod chart; // what all of them share
+mod machine;
 mod stats;
 mod table;

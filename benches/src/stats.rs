@@ -28,6 +28,17 @@ pub(crate) fn slope(points: &[(f64, f64)]) -> Option<f64> {
     median(pairs.map(|(a, b)| (b.1 - a.1) / (b.0 - a.0)).filter(|slope| slope.is_finite()))
 }
 
+/// The slope of the line with the least squared distance from the points; `None` without two different x.
+pub(crate) fn least_squares(points: &[(f64, f64)]) -> Option<f64> {
+    let n = points.len() as f64;
+    let (mean_x, mean_y) = points.iter().fold((0.0, 0.0), |(x, y), point| (x + point.0 / n, y + point.1 / n));
+    let (xy, xx) = points.iter().fold((0.0, 0.0), |(xy, xx), point| {
+        let (dx, dy) = (point.0 - mean_x, point.1 - mean_y);
+        (xy + dx * dy, xx + dx * dx)
+    });
+    (xx > 0.0).then(|| xy / xx)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -41,6 +52,8 @@ mod tests {
         assert_eq!(slope(&points), Some(2.0));
         assert_eq!(slope(&points[..1]), None);
         assert_eq!(slope(&[(1.0, 2.0), (1.0, 3.0)]), None);
+        assert_eq!(least_squares(&[(0.0, 1.0), (1.0, 4.0), (2.0, 7.0)]), Some(3.0));
+        assert_eq!(least_squares(&[(1.0, 2.0), (1.0, 3.0)]), None);
     }
 
     #[test]

@@ -8,7 +8,6 @@
 mod args;
 mod baseline;
 mod calibrate;
-mod chart;
 mod experts;
 mod measured;
 mod memory;

@@ -10,13 +10,13 @@ use serde::Serialize;
 
 use super::args::{Args, Part};
 use super::baseline::MIN_ROUNDS;
-use super::chart::{Chart, Line, svg};
 use super::experts::Experts;
 use super::measured::Measured;
 use super::memory::Memory;
 use super::place::{Place, slug};
 use super::speed::{Figure, Speed};
 use super::sweeps::Sweep;
+use crate::chart::{Chart, Line, svg};
 use crate::table::Table;
 
 /// One run.
@@ -210,11 +210,11 @@ impl Report {
             .map(|(part, title, x_label, log_x)| {
                 let sweeps = self.sweeps.iter().filter(|sweep| sweep.is(part));
                 let lines = sweeps.flat_map(|sweep| [true, false].map(|engine| self.line(sweep, engine)));
-                Chart { title: title.to_owned(), x_label, log_x, lines: lines.collect() }
+                Chart { title: title.to_owned(), x_label, y_label: "tok/s", log_x, lines: lines.collect() }
             })
             .filter(|chart| !chart.lines.is_empty())
             .collect();
-        (!charts.is_empty()).then(|| svg(&charts, "tok/s"))
+        (!charts.is_empty()).then(|| svg(&charts))
     }
 
     fn line(&self, sweep: &Sweep, engine: bool) -> Line {

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use minerva_engine::EngineConfig;
 use serde_json::{Value, json};
 
-use super::gate::Gate;
+use super::gate::{self, Gate};
 use super::workload::Workload;
 
 /// Measures OpenAI-compatible servers by turns in one run: ours, a peer, and the engine without a server.
@@ -64,6 +64,13 @@ pub struct Args {
     /// The longest that one request may take
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = positive)]
     pub timeout: f64,
+    /// How many times the KV cells the requests of `overload` need together
+    #[arg(long, value_name = "FACTOR", default_value_t = 4.0, value_parser = positive)]
+    pub load: f64,
+    /// Flash attention of a llama-server that this run starts; `best` tries both before each workload, one round each, and keeps
+    /// the one with more tokens a second [default: the peer's]
+    #[arg(long, value_enum, requires = "peer_server")]
+    pub peer_fa: Option<PeerFa>,
     /// Before each round wait until the machine is busy with less than this, at most 5 minutes
     #[arg(long, value_name = "CORES", value_parser = positive)]
     pub calm: Option<f64>,
@@ -80,10 +87,16 @@ pub struct Args {
     /// Write the report here
     #[arg(long, value_name = "FILE")]
     pub markdown: Option<PathBuf>,
-    /// Exit with 1 unless it holds: `one>=1.0`, `one/engine>=0.96`, `shared-prefix.ttft-p99<=0.1`; may be repeated. Metrics:
-    /// throughput (if none is named), ttft-p50, ttft-p99, gap-p50, gap-p99, long-rate; errors is our count
+    /// Write charts here, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub chart: Option<PathBuf>,
+    /// Exit with 1 unless it holds: `one>=1.0`, `one/engine>=0.96`, `shared-prefix.ttft-p99<=0.1`, `abort.errors<=0`; may be
+    /// repeated. benches/README.md has the metrics; throughput if none is named
     #[arg(long, value_name = "GATE")]
     pub gate: Vec<Gate>,
+    /// The gates that Minerva promises, of those workloads that are run
+    #[arg(long)]
+    pub promises: bool,
 
     /// The model's name in requests to us [default: the first of /v1/models]
     #[arg(long, value_name = "NAME")]
@@ -91,12 +104,13 @@ pub struct Args {
     /// The same for the peer
     #[arg(long, value_name = "NAME")]
     pub peer_model: Option<String>,
-    /// A key for our server
-    #[arg(long, value_name = "KEY")]
-    pub api_key: Option<String>,
-    /// A key for the peer
-    #[arg(long, value_name = "KEY")]
-    pub peer_api_key: Option<String>,
+    /// A key for our server, or two with a comma between them (fairness, canary) [default for a server that is started: two
+    /// of this run's]
+    #[arg(long, value_name = "KEY", value_delimiter = ',')]
+    pub api_key: Vec<String>,
+    /// The same for the peer
+    #[arg(long, value_name = "KEY", value_delimiter = ',')]
+    pub peer_api_key: Vec<String>,
     /// The process behind --url, to read its threads, files and memory
     #[arg(long, value_name = "PID", requires = "url")]
     pub pid: Option<u32>,
@@ -106,6 +120,17 @@ pub struct Args {
     /// Be the engine's process
     #[arg(long, hide = true)]
     pub(super) engine_worker: bool,
+}
+
+/// Flash attention of the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PeerFa {
+    /// On.
+    On,
+    /// Off.
+    Off,
+    /// Whichever generates more tokens a second.
+    Best,
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -123,6 +148,13 @@ impl Args {
 
     fn model(&self) -> anyhow::Result<&PathBuf> {
         self.model.as_ref().context("give a GGUF file with --model, or run it as `cargo xtask bench-serve`")
+    }
+
+    /// The gates of this run.
+    pub(super) fn gates(&self) -> Vec<Gate> {
+        let promised =
+            gate::promises().into_iter().filter(|gate| self.promises && self.workload.contains(&gate.workload));
+        self.gate.iter().cloned().chain(promised).collect()
     }
 
     /// llama-server's flags, which ours takes too.

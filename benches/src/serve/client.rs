@@ -1,16 +1,18 @@
 //! Sends one request and notes when its text comes: over HTTP, or straight to an engine in this process.
 
 use std::borrow::Cow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
-use minerva_engine::{ChatMessage, Engine, Event, Request};
+use minerva_engine::{ChatMessage, Engine, Event, Request, RequestError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::answer::Answer;
 use super::http::HttpClient;
+use super::replay::Token;
+use super::schema;
 use super::sse::SseParser;
 use super::workload::Ask;
 
@@ -21,37 +23,67 @@ pub(super) enum Client {
     Engine(Engine),
 }
 
+/// The longest that a client waits before it tries again.
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
+
+/// How a request ended, other than by an error.
+enum End {
+    Answered,
+    /// Not accepted: try again after so long.
+    Refused(Duration),
+}
+
 impl Client {
-    /// Runs one request to its end, or until its client leaves. What was seen before an error stays in `answer`.
+    /// Runs one request to its end, or until its client leaves. What was seen before an error stays in `answer`. A server that
+    /// is full is asked again after the time that it names.
     pub(super) async fn ask(&self, ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::Result<()> {
-        match self {
-            Self::Http { http, model } => ask_http(http, model, ask, clock, answer).await?,
-            Self::Engine(engine) => ask_engine(engine, ask, clock, answer).await?,
+        loop {
+            let end = match self {
+                Self::Http { http, model } => ask_http(http, model, ask, clock, answer).await?,
+                Self::Engine(engine) => ask_engine(engine, ask, clock, answer).await?,
+            };
+            let End::Refused(pause) = end else { break };
+            answer.refusals += 1;
+            tokio::time::sleep(pause.min(LONGEST_RETRY)).await;
         }
-        if let Some(tokens) = answer.completion_tokens
-            && tokens != ask.max_tokens
-            && !answer.has_left
-        {
+        if answer.has_left {
+            return Ok(());
+        }
+        if ask.has_schema {
+            return schema::check(&answer.text);
+        }
+        if let Some(tokens) = answer.completion_tokens.filter(|tokens| *tokens != ask.max_tokens) {
             bail!("{tokens} tokens came instead of {}", ask.max_tokens);
         }
         Ok(())
     }
 }
 
-/// The body of a streamed chat completion whose length is exact.
+/// The body of a streamed chat completion whose length is exact, or whose answer follows the schema.
 fn body(model: &str, ask: &Ask) -> Bytes {
     let system = ask.system.as_deref().map(|text| json!({ "role": "system", "content": text }));
     let user = json!({ "role": "user", "content": ask.user });
     let messages: Vec<Value> = system.into_iter().chain([user]).collect();
-    let body = json!({
+    let mut body = json!({
         "model": model,
         "messages": messages,
         "max_tokens": ask.max_tokens,
         "temperature": 0,
-        "ignore_eos": true,
         "stream": true,
         "stream_options": { "include_usage": true },
     });
+    if ask.has_schema {
+        body["response_format"] = schema::response_format();
+    } else {
+        body["ignore_eos"] = json!(true);
+    }
+    if !ask.cache_prompt {
+        body["cache_prompt"] = json!(false);
+    }
+    if ask.top_logprobs > 0 {
+        body["logprobs"] = json!(true);
+        body["top_logprobs"] = json!(ask.top_logprobs);
+    }
     body.to_string().into()
 }
 
@@ -68,6 +100,12 @@ struct Chunk<'a> {
 struct Choice<'a> {
     #[serde(borrow, default)]
     delta: Delta<'a>,
+    logprobs: Option<Logprobs>,
+}
+
+#[derive(Deserialize)]
+struct Logprobs {
+    content: Option<Vec<Token>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -104,8 +142,11 @@ async fn ask_http(
     ask: &Ask,
     clock: Instant,
     answer: &mut Answer,
-) -> anyhow::Result<()> {
-    let mut reply = http.post("/v1/chat/completions", body(model, ask)).await?;
+) -> anyhow::Result<End> {
+    let mut reply = http.post("/v1/chat/completions", body(model, ask), ask.key).await?;
+    if let Some(pause) = reply.retry_after() {
+        return Ok(End::Refused(pause));
+    }
     if !reply.status.is_success() {
         let text = reply.text().await.unwrap_or_default();
         bail!("status {}: {}", reply.status.as_u16(), text.chars().take(300).collect::<String>());
@@ -121,7 +162,7 @@ async fn ask_http(
         match step? {
             Step::GoOn => step = Ok(Step::GoOn),
             // Reading on to the end of the body would find nothing; leaving drops the connection.
-            Step::Leave | Step::Done => return Ok(()),
+            Step::Leave | Step::Done => return Ok(End::Answered),
         }
     }
     Err(anyhow!("the stream ended without [DONE]"))
@@ -143,25 +184,47 @@ fn note(data: &[u8], ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::
         answer.cached_tokens = usage.prompt_tokens_details.and_then(|details| details.cached_tokens);
     }
     let has_text = |text: &Option<Cow<'_, str>>| text.as_ref().is_some_and(|text| !text.is_empty());
-    let delta = chunk.choices.first().map(|choice| &choice.delta);
-    let is_piece = delta.is_some_and(|delta| has_text(&delta.content) || has_text(&delta.reasoning_content));
+    let Some(choice) = chunk.choices.into_iter().next() else { return Ok(Step::GoOn) };
+    if let Some(tokens) = choice.logprobs.and_then(|logprobs| logprobs.content) {
+        answer.tokens.extend(tokens);
+    }
+    let delta = choice.delta;
+    if let Some(text) = delta.content.as_deref().filter(|_| ask.keeps_text) {
+        answer.text.push_str(text);
+    }
+    let is_piece = has_text(&delta.content) || has_text(&delta.reasoning_content);
     Ok(if is_piece && answer.piece(clock, ask.leave) { Step::Leave } else { Step::GoOn })
 }
 
-async fn ask_engine(engine: &Engine, ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::Result<()> {
+async fn ask_engine(engine: &Engine, ask: &Ask, clock: Instant, answer: &mut Answer) -> anyhow::Result<End> {
+    if ask.has_schema {
+        bail!("the engine is asked without schemas here");
+    }
     let system = ask.system.as_deref().map(ChatMessage::system);
     let messages = system.into_iter().chain([ChatMessage::user(&*ask.user)]);
     let mut request = Request::chat(messages).max_tokens(ask.max_tokens).greedy();
     request.ignore_eos = true;
-    let mut events = engine.generate(request).await?;
+    request.cache_prompt = ask.cache_prompt;
+    request.logprobs = (ask.top_logprobs > 0).then_some(ask.top_logprobs);
+    let mut events = match engine.generate(request).await {
+        Ok(events) => events,
+        Err(RequestError::QueueFull { retry_after_s, .. }) => {
+            return Ok(End::Refused(Duration::from_secs(retry_after_s.max(1).into())));
+        }
+        Err(error) => return Err(error.into()),
+    };
     while let Some(event) = events.next().await {
         match event {
-            Event::Delta(delta) if !delta.text.is_empty() => {
-                if answer.piece(clock, ask.leave) {
-                    return Ok(());
+            Event::Delta(delta) => {
+                if ask.keeps_text {
+                    answer.text.push_str(&delta.text);
+                }
+                answer.tokens.extend(delta.tokens.into_iter().filter_map(Token::of_engine));
+                if !delta.text.is_empty() && answer.piece(clock, ask.leave) {
+                    return Ok(End::Answered);
                 }
             }
-            Event::Delta(_) | Event::Finished { .. } => {}
+            Event::Finished { .. } => {}
             Event::Done(summary) => {
                 answer.prompt_tokens = Some(summary.prompt_tokens);
                 answer.cached_tokens = Some(summary.cached_tokens);
@@ -170,7 +233,7 @@ async fn ask_engine(engine: &Engine, ask: &Ask, clock: Instant, answer: &mut Ans
             Event::Failed(error) => return Err(error.into()),
         }
     }
-    Ok(())
+    Ok(End::Answered)
 }
 
 #[cfg(test)]
@@ -179,7 +242,7 @@ mod tests {
     use super::*;
 
     fn read(events: &[&str], leave: Option<Leave>) -> (Answer, Vec<anyhow::Result<Step>>) {
-        let ask = Ask { system: None, user: String::new(), max_tokens: 9, leave };
+        let ask = Ask { max_tokens: 9, leave, keeps_text: true, ..Ask::default() };
         let (clock, mut answer) = (Instant::now(), Answer::default());
         let steps = events.iter().map(|event| note(event.as_bytes(), &ask, clock, &mut answer)).collect();
         (answer, steps)
@@ -199,8 +262,21 @@ mod tests {
             None,
         );
         assert_eq!(answer.pieces_ms.len(), 2);
+        assert_eq!(answer.text, "a \"b\"");
         let counts = (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens);
         assert_eq!(counts, (Some(5), Some(9), Some(3)));
+    }
+
+    #[test]
+    fn a_replay_is_never_reused_and_reports_its_tokens() {
+        let ask = Ask { cache_prompt: false, top_logprobs: 5, ..Ask::default() };
+        let body: Value = serde_json::from_slice(&body("m", &ask)).expect("JSON");
+        let of = |name: &str| body.get(name).cloned();
+        assert_eq!((of("cache_prompt"), of("top_logprobs")), (Some(json!(false)), Some(json!(5))));
+        assert_eq!((of("ignore_eos"), of("response_format")), (Some(json!(true)), None));
+        let chunk = r#"{"choices":[{"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","bytes":[97],"logprob":-1,
+            "top_logprobs":[{"token":"a","bytes":[97],"logprob":-1}]}]}}]}"#;
+        assert_eq!(read(&[chunk], None).0.tokens.len(), 1);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Who is measured: a server that runs already, one that this run starts, or the engine itself.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use serde_json::{Map, Value, json};
@@ -10,14 +11,18 @@ use super::answer::Sample;
 use super::client::Client;
 use super::direct::EngineProcess;
 use super::drive;
-use super::footprint::Footprint;
+use super::footprint::{Footprint, private_mib};
 use super::http::HttpClient;
 use super::process::ServerProcess;
 use super::workload::Round;
 use crate::machine::OthersWatch;
 
-/// How long a server may take to free what a finished round used.
+/// How long a server may take to free what a finished round used, at least and at most.
 const SETTLE: Duration = Duration::from_secs(1);
+const SETTLE_LIMIT: Duration = Duration::from_secs(15);
+
+/// Between two readings of a server's memory.
+const MEMORY_PERIOD: Duration = Duration::from_secs(1);
 
 /// One side of the comparison.
 pub(super) struct Contender {
@@ -96,18 +101,39 @@ impl Contender {
         let name = self.name;
         let before = self.footprint().await;
         let watch = OthersWatch::start(self.pid());
+        let mut memory = Vec::new();
         let sample = match &mut self.how {
-            How::Server { client, .. } => drive::run(client, round, timeout).await,
+            How::Server { client, pid, .. } => tokio::select! {
+                sample = drive::run(client, round, timeout) => sample,
+                never = watch_memory(*pid, &mut memory) => match never {},
+            },
             // There, asking and computing share a process.
             How::Engine(process) => process.run(round, timeout).map(|sample| Sample { load_cpu_ms: None, ..sample }),
         };
         let others_cores = watch.and_then(|watch| watch.cores());
         let mut sample = sample.with_context(|| format!("{name}, {}", round.workload.name()))?;
-        tokio::time::sleep(SETTLE).await;
-        sample.others_cores = others_cores;
-        sample.before = Some(before);
-        sample.after = Some(self.footprint().await);
-        Ok(sample)
+        (sample.others_cores, sample.memory, sample.before) = (others_cores, memory, Some(before));
+        let began = Instant::now();
+        loop {
+            tokio::time::sleep(SETTLE).await;
+            let after = self.footprint().await;
+            let is_idle = after.left_over().is_none_or(|left| left == 0.0);
+            sample.after = Some(after);
+            if is_idle || began.elapsed() > SETTLE_LIMIT {
+                return Ok(sample);
+            }
+        }
+    }
+
+    /// Cells and sequences of a server that says so.
+    pub(super) fn sizes(&self) -> Option<(u32, u32)> {
+        let number = |pointer: &str| u32::try_from(self.about.pointer(pointer)?.as_u64()?).ok();
+        let ours = number("/~1v1~1status/model/n_cells").zip(number("/~1v1~1status/model/n_seq_max"));
+        ours.or_else(|| {
+            let sequences = number("/~1props/total_slots")?;
+            let per_sequence = number("/~1props/default_generation_settings/n_ctx")?;
+            Some((per_sequence.checked_mul(sequences)?, sequences))
+        })
     }
 
     fn pid(&self) -> Option<u32> {
@@ -125,6 +151,17 @@ impl Contender {
             }
             How::Engine(_) => Footprint::of(self.pid(), ""),
         }
+    }
+}
+
+/// Notes the private memory of a process until this is dropped.
+async fn watch_memory(pid: Option<u32>, readings: &mut Vec<(f64, f64)>) -> Infallible {
+    let began = Instant::now();
+    loop {
+        if let Some(mib) = pid.and_then(private_mib) {
+            readings.push((began.elapsed().as_secs_f64(), mib));
+        }
+        tokio::time::sleep(MEMORY_PERIOD).await;
     }
 }
 

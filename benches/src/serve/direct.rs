@@ -28,7 +28,7 @@ struct Order {
 #[serde(rename_all = "snake_case")]
 enum Report {
     Ready(Value),
-    Sample(Sample),
+    Sample(Box<Sample>),
     Failed(String),
 }
 
@@ -51,7 +51,7 @@ pub(super) fn serve_orders(config: EngineConfig) -> anyhow::Result<()> {
         let order: Order = serde_json::from_str(&line?)?;
         let timeout = Duration::from_secs_f64(order.timeout_s);
         tell(&match runtime.block_on(drive::run(&client, order.round, timeout)) {
-            Ok(sample) => Report::Sample(sample),
+            Ok(sample) => Report::Sample(Box::new(sample)),
             Err(error) => Report::Failed(format!("{error:#}")),
         })?;
     }
@@ -95,7 +95,7 @@ impl EngineProcess {
         self.orders.write_all(b"\n")?;
         self.orders.flush()?;
         match self.report()? {
-            Report::Sample(sample) => Ok(sample),
+            Report::Sample(sample) => Ok(*sample),
             Report::Failed(error) => bail!("the engine failed: {error}"),
             Report::Ready(_) => bail!("the engine started twice"),
         }

@@ -32,15 +32,31 @@ impl Footprint {
         let mut footprint = Self { gauges: gauges(metrics), ..Self::default() };
         let Some(pid) = pid else { return footprint };
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let number = |key: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-            line.split_whitespace().next()?.parse::<u64>().ok()
-        };
-        footprint.threads = number("Threads:");
-        footprint.resident_mib = number("VmRSS:").map(|kib| kib as f64 / 1024.0);
+        footprint.threads = number(&status, "Threads:");
+        footprint.resident_mib = number(&status, "VmRSS:").map(|kib| kib as f64 / 1024.0);
         footprint.open_files = fs::read_dir(format!("/proc/{pid}/fd")).ok().map(Iterator::count);
         footprint
     }
+}
+
+impl Footprint {
+    /// Sum of the gauges, without the connection that asked for them; `None` where the server has none.
+    pub(super) fn left_over(&self) -> Option<f64> {
+        let counted = self.gauges.iter().filter(|(name, _)| !name.ends_with("connections_open"));
+        counted.map(|(_, value)| *value).reduce(|sum, value| sum + value)
+    }
+}
+
+/// Memory of a process that no file backs, in RAM or swapped out, in MiB; `None` where the system does not tell.
+pub(super) fn private_mib(pid: u32) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let kib = ["RssAnon:", "RssShmem:", "VmSwap:"].into_iter().map(|key| number(&status, key));
+    kib.sum::<Option<u64>>().map(|kib| kib as f64 / 1024.0)
+}
+
+fn number(status: &str, key: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 /// The gauges of [`GAUGES`] in Prometheus' text format.
@@ -72,6 +88,7 @@ mod tests {
         let text = "# TYPE minerva_kv_cells_used gauge\nminerva_kv_cells_used 12\nminerva_kv_cells_total 8192\n\
                     llamacpp:requests_processing 1\nllamacpp:prompt_tokens_total 5\n";
         let footprint = Footprint::of(None, text);
+        assert_eq!((footprint.left_over(), Footprint::default().left_over()), (Some(13.0), None));
         assert_eq!(footprint.to_string(), "llamacpp:requests_processing 1, minerva_kv_cells_used 12");
     }
 
@@ -79,6 +96,7 @@ mod tests {
     #[test]
     fn this_process_has_threads_files_and_memory() {
         let own = Footprint::of(Some(std::process::id()), "");
+        assert!(private_mib(std::process::id()) > Some(0.1));
         assert!(own.threads >= Some(1) && own.open_files >= Some(3) && own.resident_mib > Some(0.5), "{own}");
     }
 }

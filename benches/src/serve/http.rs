@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
-use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, RETRY_AFTER};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -53,23 +54,24 @@ impl fmt::Display for Url {
 #[derive(Debug, Clone)]
 pub(super) struct HttpClient {
     pub(super) url: Url,
-    pub(super) api_key: Option<String>,
+    /// A request names one by its place; none asks without a key.
+    pub(super) api_keys: Vec<String>,
 }
 
 impl HttpClient {
     /// The status and the whole body of a GET.
     pub(super) async fn get(&self, path: &str) -> anyhow::Result<(StatusCode, String)> {
-        let mut reply = self.send(Method::GET, path, Bytes::new()).await?;
+        let mut reply = self.send(Method::GET, path, Bytes::new(), 0).await?;
         let body = reply.text().await?;
         Ok((reply.status, body))
     }
 
-    /// Posts JSON; resolves when the head of the response is there.
-    pub(super) async fn post(&self, path: &str, json: Bytes) -> anyhow::Result<Reply> {
-        self.send(Method::POST, path, json).await
+    /// Posts JSON with one of the keys; resolves when the head of the response is there.
+    pub(super) async fn post(&self, path: &str, json: Bytes, key: usize) -> anyhow::Result<Reply> {
+        self.send(Method::POST, path, json, key).await
     }
 
-    async fn send(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Reply> {
+    async fn send(&self, method: Method, path: &str, body: Bytes, key: usize) -> anyhow::Result<Reply> {
         let stream = TcpStream::connect(&self.url.authority).await.context("cannot connect")?;
         stream.set_nodelay(true)?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
@@ -81,23 +83,35 @@ impl HttpClient {
             .header(HOST, &self.url.authority)
             .header(CONNECTION, "close")
             .header(CONTENT_TYPE, "application/json");
-        if let Some(key) = &self.api_key {
+        if let Some(key) = self.api_keys.get(key).or(self.api_keys.first()) {
             request = request.header(AUTHORIZATION, format!("Bearer {key}"));
         }
         let response = sender.send_request(request.body(Full::new(body))?).await.context("no response")?;
         let (head, body) = response.into_parts();
-        Ok(Reply { status: head.status, body, _connection: connection })
+        let retry_after = head.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        Ok(Reply { status: head.status, retry_after_s: retry_after, body, _connection: connection })
     }
 }
 
 /// A response whose body is still coming.
 pub(super) struct Reply {
     pub(super) status: StatusCode,
+    retry_after_s: Option<u64>,
     body: Incoming,
     _connection: Connection,
 }
 
 impl Reply {
+    /// How long to wait before asking again, of a server that has no room now.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        let pause = self.retry_after_s.map(Duration::from_secs);
+        match self.status {
+            StatusCode::TOO_MANY_REQUESTS => Some(pause.unwrap_or(Duration::from_secs(1))),
+            StatusCode::SERVICE_UNAVAILABLE => pause,
+            _ => None,
+        }
+    }
+
     /// The next piece of the body; `None` after the last.
     pub(super) async fn chunk(&mut self) -> anyhow::Result<Option<Bytes>> {
         while let Some(frame) = self.body.frame().await {

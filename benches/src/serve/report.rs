@@ -6,11 +6,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::answer::{Figures, Sample};
+use super::replay::Verdict;
 use super::workload::Workload;
 use crate::stats::median;
 use crate::table::Table;
 
-/// What can be compared.
+/// What can be compared with another contender, or judged by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Metric {
     Throughput,
@@ -19,18 +20,40 @@ pub(super) enum Metric {
     GapP50,
     GapP99,
     LongRate,
+    /// After the round.
+    Resident,
     Errors,
+    /// Gap p99 beside long prompts over the one before them.
+    Stretch,
+    /// Throughput with a schema over that without.
+    OfFree,
+    Fairness,
+    Computed,
+    LeftOver,
+    Wrong,
+    Leaks,
+    /// MiB a minute.
+    MemorySlope,
 }
 
 impl Metric {
-    const ALL: [(Self, &'static str); 7] = [
+    const ALL: [(Self, &'static str); 16] = [
         (Self::Throughput, "throughput"),
         (Self::TtftP50, "ttft-p50"),
         (Self::TtftP99, "ttft-p99"),
         (Self::GapP50, "gap-p50"),
         (Self::GapP99, "gap-p99"),
         (Self::LongRate, "long-rate"),
+        (Self::Resident, "resident"),
         (Self::Errors, "errors"),
+        (Self::Stretch, "stretch"),
+        (Self::OfFree, "of-free"),
+        (Self::Fairness, "fairness"),
+        (Self::Computed, "computed"),
+        (Self::LeftOver, "left-over"),
+        (Self::Wrong, "wrong"),
+        (Self::Leaks, "leaks"),
+        (Self::MemorySlope, "memory-slope"),
     ];
 
     pub(super) fn named(name: &str) -> Option<Self> {
@@ -41,6 +64,17 @@ impl Metric {
         Self::ALL.iter().find(|(metric, _)| *metric == self).map_or("", |(_, name)| name)
     }
 
+    /// Whether ours is compared with another's; the rest are figures of one server.
+    pub(super) fn is_ratio(self) -> bool {
+        use Metric::{GapP50, GapP99, LongRate, Resident, Throughput, TtftP50, TtftP99};
+        matches!(self, Throughput | TtftP50 | TtftP99 | GapP50 | GapP99 | LongRate | Resident)
+    }
+
+    /// Whether one round with more than the others decides.
+    fn is_count(self) -> bool {
+        matches!(self, Self::Errors | Self::LeftOver | Self::Wrong | Self::Leaks)
+    }
+
     fn of(self, figures: &Figures) -> Option<f64> {
         match self {
             Self::Throughput => figures.throughput,
@@ -49,7 +83,16 @@ impl Metric {
             Self::GapP50 => figures.gap_p50_ms,
             Self::GapP99 => figures.gap_p99_ms,
             Self::LongRate => figures.long_prompts_per_minute,
+            Self::Resident => figures.resident_mib,
             Self::Errors => Some(figures.errors as f64),
+            Self::Stretch => Some(figures.gap_p99_ms? / figures.alone_gap_p99_ms?),
+            Self::OfFree => Some(figures.throughput? / figures.twin_throughput?),
+            Self::Fairness => figures.fairness,
+            Self::Computed => figures.computed_share,
+            Self::LeftOver => figures.left_over,
+            Self::Wrong => figures.replays.map(|[.., wrong]| wrong as f64),
+            Self::Leaks => figures.leaks.map(|n| n as f64),
+            Self::MemorySlope => figures.memory_slope.map(|[squares, _]| squares),
         }
     }
 }
@@ -70,6 +113,11 @@ impl Series {
 
     fn median(&self, metric: Metric) -> Option<f64> {
         median(self.values(metric))
+    }
+
+    /// Of all rounds: of counts the most.
+    fn overall(&self, metric: Metric) -> Option<f64> {
+        if metric.is_count() { self.values(metric).reduce(f64::max) } else { self.median(metric) }
     }
 }
 
@@ -113,6 +161,12 @@ impl Report {
         let median = |contender| self.find(workload, contender)?.median(metric);
         let ratio = median("ours")? / median(other)?;
         ratio.is_finite().then_some(ratio)
+    }
+
+    /// A figure of ours over all rounds; `None` when a round lacks it.
+    pub(super) fn own(&self, workload: Workload, metric: Metric) -> Option<f64> {
+        let ours = self.find(workload, "ours")?;
+        ours.overall(metric).filter(|_| ours.values(metric).count() == ours.figures.len())
     }
 
     /// Errors over all rounds; `None` when the workload was not run.
@@ -221,8 +275,7 @@ fn notes(series: &Series) -> Vec<String> {
         number(median(others.clone())),
         number(others.iter().copied().reduce(f64::max)),
     )];
-    let is_private = !matches!(series.workload, Workload::SharedPrefix);
-    if is_private && first.cached_tokens * 2 > first.prompt_tokens {
+    if !series.workload.shares_prompts() && first.cached_tokens * 2 > first.prompt_tokens {
         notes.push(format!("{who}: WARNING: most of the prompts were cached; use another --seed"));
     }
     if others.iter().any(|cores| *cores > DISTURBED_CORES) {
@@ -232,7 +285,8 @@ fn notes(series: &Series) -> Vec<String> {
         let alone = number(median(series.figures.iter().filter_map(|f| f.alone_gap_p99_ms)));
         notes.push(format!("{who}: {} long prompts a minute; gap p99 before them {alone} ms", number(Some(rate))));
     }
-    if series.workload == Workload::Abort {
+    notes.extend(own_notes(series).into_iter().map(|note| format!("{who}: {note}")));
+    if matches!(series.workload, Workload::Abort | Workload::Overload | Workload::Canary) {
         let (left, early): (usize, usize) =
             series.figures.iter().fold((0, 0), |(a, b), f| (a + f.left, b + f.left_before_text));
         notes.push(format!("{who}: {left} requests left, {early} of them before any text"));
@@ -247,6 +301,66 @@ fn notes(series: &Series) -> Vec<String> {
     let answers = series.samples.iter().flat_map(|sample| &sample.answers);
     let errors: BTreeSet<&str> = answers.filter_map(|answer| answer.error.as_deref()).collect();
     notes.extend(errors.iter().take(3).map(|error| format!("{who}: error: {error}")));
+    notes
+}
+
+/// What only some workloads measure.
+fn own_notes(series: &Series) -> Vec<String> {
+    let value = |metric| series.overall(metric);
+    let sum = |of: fn(&Figures) -> u64| series.figures.iter().map(of).sum::<u64>();
+    let mut notes = Vec::new();
+    if let Some(stretch) = value(Metric::Stretch) {
+        notes.push(format!("beside long prompts gap p99 is {} times the one before them", number(Some(stretch))));
+    }
+    if let Some(share) = value(Metric::OfFree) {
+        let free = number(median(series.figures.iter().filter_map(|f| f.twin_throughput)));
+        notes.push(format!("without the schema {free} tok/s; with it {share:.3} of that"));
+    }
+    if let Some(fairness) = value(Metric::Fairness) {
+        let idle = number(median(series.figures.iter().filter_map(|f| f.idle_ttft_ms)));
+        notes.push(format!(
+            "key B alone has its first text after {idle} ms; during key A's flood after {} ms, which is {fairness:.2} of twice \
+             that and a step",
+            number(series.median(Metric::TtftP50)),
+        ));
+    }
+    if let Some(share) = value(Metric::Computed).filter(|_| series.workload == Workload::Burst) {
+        notes.push(format!("computed {share:.3} of: the common part once, and for each its own part and a chunk"));
+    }
+    if sum(|f| f.refusals) > 0 {
+        notes.push(format!("had no room {} times; the clients asked again", sum(|f| f.refusals)));
+    }
+    for (round, sample) in series.samples.iter().enumerate().filter(|(_, sample)| !sample.replayed.is_empty()) {
+        let [same, near, wrong] = series.figures[round].replays.unwrap_or_default();
+        let gaps = sample.replayed.iter().filter_map(|(_, verdict)| match verdict {
+            Verdict::NearTie(gap) => Some(*gap),
+            _ => None,
+        });
+        notes.push(format!(
+            "round {}: of {} answers asked for again alone {same} are the same, {near} differ from a near tie on (at most {} \
+             between the logarithms), {wrong} are wrong",
+            round + 1,
+            sample.replayed.len(),
+            number(gaps.reduce(f64::max)),
+        ));
+        notes.extend(sample.replayed.iter().filter_map(|(index, verdict)| match verdict {
+            Verdict::Wrong(why) => Some(format!("WRONG: request {index}: {why}")),
+            _ => None,
+        }));
+    }
+    if series.workload == Workload::Canary {
+        let own: usize = series.samples.iter().map(|sample| sample.own_secrets).sum();
+        let leaks = series.samples.iter().flat_map(|sample| &sample.leaks);
+        notes.push(format!("{own} answers with their own secret, {} with another's", leaks.clone().count()));
+        notes.extend(leaks.take(5).map(|leak| format!("LEAK: {leak}")));
+    }
+    if let Some([squares, middle]) =
+        series.figures.last().and_then(|f| f.memory_slope).filter(|_| series.workload == Workload::Overload)
+    {
+        notes.push(format!(
+            "private memory grew by {squares:.2} MiB a minute after a third of the round (least squares; median slope {middle:.2})"
+        ));
+    }
     notes
 }
 
@@ -300,6 +414,13 @@ mod tests {
         assert!(check(&report, "one.ttft-p50<=0.95"));
         assert!(check(&report, "one.errors<=0"));
         assert!(!check(&report, "one/engine>=0.1"), "what was not measured does not pass");
+        assert!(!check(&report, "one.leaks<=0"), "nor does a figure of ours that no round has");
+        report.series_mut(Workload::One, "ours").figures[1].left_over = Some(3.0);
+        assert!(!check(&report, "one.left-over<=3"), "or not every round");
+        for at in [0, 2] {
+            report.series_mut(Workload::One, "ours").figures[at].left_over = Some(0.0);
+        }
+        assert!(check(&report, "one.left-over<=3") && !check(&report, "one.left-over<=2"), "the worst round counts");
         report.series_mut(Workload::One, "ours").figures[0].errors = 1;
         assert!(!check(&report, "one>=1.1"));
     }

@@ -4,22 +4,24 @@ use std::fmt::Write as _;
 
 /// One panel.
 #[derive(Debug)]
-pub(super) struct Chart {
-    pub(super) title: String,
-    pub(super) x_label: &'static str,
+pub(crate) struct Chart {
+    pub(crate) title: String,
+    pub(crate) x_label: &'static str,
+    /// The unit.
+    pub(crate) y_label: &'static str,
     /// Equal factors are equally far apart.
-    pub(super) log_x: bool,
-    pub(super) lines: Vec<Line>,
+    pub(crate) log_x: bool,
+    pub(crate) lines: Vec<Line>,
 }
 
 /// One line of a panel.
-#[derive(Debug)]
-pub(super) struct Line {
-    pub(super) name: String,
+#[derive(Debug, Clone)]
+pub(crate) struct Line {
+    pub(crate) name: String,
     /// Which of the [`COLOURS`].
-    pub(super) colour: usize,
-    pub(super) dashed: bool,
-    pub(super) points: Vec<(f64, f64)>,
+    pub(crate) colour: usize,
+    pub(crate) dashed: bool,
+    pub(crate) points: Vec<(f64, f64)>,
 }
 
 /// Distinct for readers who do not see red and green apart, on white and on black.
@@ -32,11 +34,17 @@ const MARGINS: [f64; 4] = [52.0, 16.0, 34.0, 40.0];
 const LEGEND_LINE: f64 = 16.0;
 /// Horizontal lines, the axis not counted.
 const GRID_LINES: u32 = 4;
+/// Numbers under the axis, about.
+const MOST_TICKS: usize = 10;
+/// Panels beside each other.
+const MOST_COLUMNS: usize = 4;
 
-/// All panels side by side, a legend under each. `y_label` is the unit of every panel.
-pub(super) fn svg(charts: &[Chart], y_label: &str) -> String {
+/// All panels in rows, a legend under each.
+pub(crate) fn svg(charts: &[Chart]) -> String {
     let n_lines = charts.iter().map(|chart| chart.lines.len()).max().unwrap_or(0);
-    let (width, height) = (PANEL_WIDTH * charts.len() as f64, PANEL_HEIGHT + LEGEND_LINE * (n_lines as f64 + 1.0));
+    let n_columns = charts.len().clamp(1, MOST_COLUMNS);
+    let row_height = PANEL_HEIGHT + LEGEND_LINE * (n_lines as f64 + 1.0);
+    let (width, height) = (PANEL_WIDTH * n_columns as f64, row_height * charts.len().div_ceil(n_columns) as f64);
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width:.0} {height:.0}\" role=\"img\" \
          font-family=\"system-ui, sans-serif\" font-size=\"11\">\n\
@@ -45,8 +53,12 @@ pub(super) fn svg(charts: &[Chart], y_label: &str) -> String {
          @media (prefers-color-scheme: dark) {{ text {{ fill: #ddd; }} .grid {{ stroke: #3a3a3a; }} .axis {{ stroke: #888; }} }}\n\
          </style>\n"
     );
-    for (at, chart) in charts.iter().enumerate() {
-        panel(&mut text, chart, PANEL_WIDTH * at as f64, y_label);
+    for (row, charts) in charts.chunks(n_columns).enumerate() {
+        let _ = writeln!(text, "<g transform=\"translate(0 {:.0})\">", row_height * row as f64);
+        for (column, chart) in charts.iter().enumerate() {
+            panel(&mut text, chart, PANEL_WIDTH * column as f64);
+        }
+        text.push_str("</g>\n");
     }
     text.push_str("</svg>\n");
     text
@@ -88,7 +100,7 @@ impl Scale {
     }
 }
 
-fn panel(text: &mut String, chart: &Chart, offset: f64, y_label: &str) {
+fn panel(text: &mut String, chart: &Chart, offset: f64) {
     let scale = Scale::of(chart, offset);
     let right = offset + PANEL_WIDTH - MARGINS[1];
     let mut add = |line: std::fmt::Arguments<'_>| {
@@ -116,12 +128,12 @@ fn panel(text: &mut String, chart: &Chart, offset: f64, y_label: &str) {
     let mut ticks: Vec<f64> = chart.lines.iter().flat_map(|line| line.points.iter().map(|point| point.0)).collect();
     ticks.sort_by(f64::total_cmp);
     ticks.dedup();
-    for tick in ticks {
+    for tick in ticks.iter().step_by(ticks.len().div_ceil(MOST_TICKS).max(1)).copied() {
         let (x, y) = (scale.x(tick), scale.bottom + 14.0);
         add(format_args!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"middle\">{}</text>", short(tick)));
     }
     let middle = f64::midpoint(scale.left, right);
-    let label = format!("{} (vertical: {y_label})", chart.x_label);
+    let label = format!("{} (vertical: {})", chart.x_label, chart.y_label);
     let y = scale.bottom + 30.0;
     add(format_args!("<text x=\"{middle:.1}\" y=\"{y:.1}\" text-anchor=\"middle\">{}</text>", escaped(&label)));
     for (at, line) in chart.lines.iter().enumerate() {
@@ -178,6 +190,7 @@ mod tests {
         Chart {
             title: "a < b & c".into(),
             x_label: "sequences",
+            y_label: "tok/s",
             log_x: true,
             lines: vec![
                 Line { name: "engine".into(), colour: 0, dashed: false, points: vec![(1.0, 100.0), (4.0, 200.0)] },
@@ -198,12 +211,21 @@ mod tests {
 
     #[test]
     fn the_picture_has_every_line_and_point_and_both_themes() {
-        let text = svg(&[chart(), chart()], "tok/s");
+        let text = svg(&[chart(), chart()]);
         let count = |what: &str| text.matches(what).count();
         assert_eq!((count("<polyline"), count("<circle"), count("stroke-dasharray")), (4, 4, 4));
         assert_eq!((count("a &lt; b &amp; c"), count("prefers-color-scheme: dark")), (2, 1));
         assert!(text.starts_with("<svg ") && text.ends_with("</svg>\n") && !text.contains("NaN"));
-        assert!(!svg(&[Chart { lines: Vec::new(), ..chart() }], "tok/s").contains("inf"));
+        assert!(!svg(&[Chart { lines: Vec::new(), ..chart() }]).contains("inf"));
+    }
+
+    #[test]
+    fn many_panels_are_put_in_rows_and_many_points_share_ticks() {
+        let mut many = chart();
+        many.lines[0].points = (0..600).map(|at| (f64::from(at), 1.0)).collect();
+        let text = svg(&(0..6).map(|_| Chart { lines: many.lines.clone(), ..chart() }).collect::<Vec<_>>());
+        assert!(text.contains("viewBox=\"0 0 1440 ") && text.matches("<g transform").count() == 2);
+        assert!(text.matches("text-anchor=\"middle\"").count() < 6 * 2 * MOST_TICKS);
     }
 
     #[test]
