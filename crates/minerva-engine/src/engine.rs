@@ -142,7 +142,8 @@ impl Engine {
         let (tasks, inbox) = mpsc::channel();
         let n_ctx = info.context_length_tokens as usize;
         let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
-        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving };
+        let breakers = Arc::default();
+        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving, breakers };
         let intake = thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
         let inner = Inner {

@@ -1,6 +1,7 @@
 //! One accepted request while it runs: its choices, what of their text is out, and its times.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -9,7 +10,7 @@ use crate::backend::{SeqId, Tokenizer};
 use crate::decoder::TextDecoder;
 use crate::event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
 use crate::request::{Request, TokenId};
-use crate::sampler::{SampleError, Sampled, Sampler};
+use crate::sampler::{Breakers, SampleError, Sampled, Sampler};
 
 /// A request that was checked and tokenized.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub(crate) struct Accepted {
     pub(crate) seed: u64,
     /// Cells are only shared within it.
     pub(crate) namespace: u64,
+    /// What ends a repetition for DRY; without DRY nothing does.
+    pub(crate) breakers: Arc<Breakers>,
     pub(crate) submitted: Instant,
     pub(crate) events: UnboundedSender<Event>,
 }
@@ -59,9 +62,10 @@ pub(crate) struct Generation {
 
 impl Generation {
     pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize) -> Self {
-        let Accepted { prompt, request, max_tokens, seed, submitted, events, .. } = accepted;
+        let Accepted { prompt, request, max_tokens, seed, breakers, submitted, events, .. } = accepted;
         let choices = (0..request.n).map(|index| {
-            let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)));
+            let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)))
+                .with_breakers(Arc::clone(&breakers));
             for &token in &prompt {
                 sampler.accept(token);
             }

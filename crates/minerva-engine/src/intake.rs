@@ -8,6 +8,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::backend::{BackendLimits, Tokenizer};
+use crate::breakers::BreakerCache;
 use crate::decoder::{MAX_STOP_BYTES, MAX_STOPS, validate_stops};
 use crate::engine::Inner;
 use crate::error::RequestError;
@@ -48,6 +49,7 @@ pub(crate) struct Intake {
     /// The most tokens of one request, prompt and answer together.
     pub(crate) n_ctx: usize,
     pub(crate) serving: Serving,
+    pub(crate) breakers: Arc<BreakerCache>,
 }
 
 impl Intake {
@@ -96,9 +98,14 @@ impl Intake {
         engine.shared().join_queue(n_prompt, self.serving.queue)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let seed = request.sampling.seed.unwrap_or_else(random_seed);
+        let breakers = if request.sampling.has_dry() {
+            self.breakers.get(&request.sampling.dry_sequence_breakers, &*self.tokenizer, self.limits.n_vocab)
+        } else {
+            Arc::default()
+        };
         let namespace = self.serving.namespace(&request);
         let id = engine.next_id();
-        let accepted = Accepted { prompt, request, max_tokens, seed, namespace, submitted, events };
+        let accepted = Accepted { prompt, request, max_tokens, seed, breakers, namespace, submitted, events };
         engine.send(Command::Submit(id, Box::new(accepted)));
         Ok(EventStream::new(id, n_prompt as u32, receiver, engine))
     }

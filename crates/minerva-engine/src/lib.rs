@@ -23,6 +23,7 @@ mod request;
 mod status;
 mod stream;
 
+mod breakers;
 mod generation;
 mod intake;
 mod parking;
@@ -49,7 +50,7 @@ pub use intake::MAX_LOGPROBS;
 /// The other end of [`EngineConfig::rpc_servers`].
 pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
 pub use request::{ChatMessage, Prompt, Request, TokenId};
-pub use sampler::{InvalidParam, SamplingParams};
+pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
 pub use serving::{CacheIsolation, Speculation};
 pub use sim::SimConfig;
 pub use status::{BuildInfo, DeviceMemory, EngineStats, LoadProgress, ModelInfo, Placement};

@@ -26,6 +26,7 @@ mod modules;
 mod params;
 mod repack;
 mod rpc;
+mod sampler_chain;
 mod simulation;
 mod speed;
 mod threads;
@@ -46,6 +47,9 @@ pub use modules::{ModuleGroup, load_module, module_groups, module_score, use_mod
 pub use params::{ContextParams, FlashAttention, KvType, ModelParams};
 pub use repack::repacked_types;
 pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_server, has_rpc, serve_rpc};
+/// For tests and benchmarks of our own sampler.
+#[doc(hidden)]
+pub use sampler_chain::{ChainStage, SamplerChain};
 pub use simulation::Simulation;
 pub use speed::{BELIEVABLE_BYTES_PER_SECOND, DeviceSpeed, device_speed};
 pub use threads::ThreadPool;

@@ -1,6 +1,6 @@
-//! The two loops that see every logit of a row: the maximum and the sum of weights of one block.
+//! The loops that see every logit of a row: maximum, sum of weights, mean and spread of one block.
 //!
-//! Both are plain Rust that the compiler turns into vector code, and both use IEEE additions and multiplications only, in a
+//! All are plain Rust that the compiler turns into vector code, and all use IEEE additions and multiplications only, in a
 //! fixed order and never fused, so every CPU gets the same bits.
 
 /// Tokens per block; a multiple of [`LANES`]. Small enough that the blocks above a threshold hold little else.
@@ -18,6 +18,61 @@ pub(super) fn block_max(block: &[f32; BLOCK]) -> f32 {
         }
     }
     fold(lanes, |a, b| if a > b { a } else { b })
+}
+
+/// The largest of `values`, NaN aside.
+pub(super) fn slice_max(values: &[f32]) -> f32 {
+    let (blocks, tail) = values.as_chunks::<BLOCK>();
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let of_tail = tail.iter().copied().fold(f32::NEG_INFINITY, larger);
+    blocks.iter().map(block_max).fold(of_tail, larger)
+}
+
+/// Sums over some logits, as distances below the largest.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moments {
+    n: f64,
+    sum: f64,
+    sum_of_squares: f64,
+}
+
+impl Moments {
+    pub(super) fn add(&mut self, other: Self) {
+        self.n += other.n;
+        self.sum += other.sum;
+        self.sum_of_squares += other.sum_of_squares;
+    }
+
+    /// Of a list of finite logits.
+    pub(super) fn of(logits: impl Iterator<Item = f32>, top: f32) -> Self {
+        logits.fold(Self::default(), |mut moments, logit| {
+            let below = f64::from(top) - f64::from(logit);
+            moments.add(Self { n: 1.0, sum: below, sum_of_squares: below * below });
+            moments
+        })
+    }
+
+    /// The standard deviation, of all logits and not of a sample.
+    pub(super) fn deviation(self) -> f32 {
+        let mean = self.sum / self.n;
+        (self.sum_of_squares / self.n - mean * mean).max(0.0).sqrt() as f32
+    }
+}
+
+/// The moments of a block's logits, `-inf` and NaN aside. Within the block the sums are `f32`.
+pub(super) fn block_moments(block: &[f32; BLOCK], top: f32) -> Moments {
+    let (mut n, mut sum, mut squares) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    for chunk in block.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            let is_possible = chunk[i] > f32::NEG_INFINITY;
+            let below = if is_possible { top - chunk[i] } else { 0.0 };
+            n[i] += if is_possible { 1.0 } else { 0.0 };
+            sum[i] += below;
+            squares[i] += below * below;
+        }
+    }
+    let total = |lanes| f64::from(fold(lanes, |a, b| a + b));
+    Moments { n: total(n), sum: total(sum), sum_of_squares: total(squares) }
 }
 
 /// The sum of [`weight`] over a block.

@@ -1,31 +1,47 @@
-//! Chooses the next token from a row of logits: bias, penalties, filters, temperature, a seeded draw.
+//! Chooses the next token from a row of logits: bias, penalties, filters, temperature, a seeded draw; all of llama-server's stages, in
+//! its order or the request's.
 //!
 //! [`Sampler`] belongs to one request and runs on any thread. It gives exactly the distribution that [`SamplingParams`]
 //! describes, but neither copies nor sorts the vocabulary: one pass over the row finds the maximum of each block of tokens,
 //! and everything after it works on the few tokens that can still be drawn. It knows no text, no grammar and no model.
-//! Start with [`Sampler::sample`].
+//! Start with [`Sampler::sample`]; `plan` has the steps of a request, `field` what they work on, `draw` the end.
 //!
 //! # Invariants
 //! - The same parameters, seed, accepted tokens and logits give the same tokens, on every platform. Ties go to the lowest id.
-//! - Every sampled token takes one draw of the generator, a greedy one none.
-//! - After the first tokens nothing is allocated, except for the list of top log-probabilities, and by penalties where
-//!   their window grows.
-mod adjust;
+//! - Every sampled token takes one draw of the generator, a greedy one none, XTC one more.
+//! - After the first tokens nothing is allocated, except for the list of top log-probabilities, the fit of Mirostat 1, and by
+//!   penalties and DRY where their windows grow.
 mod candidates;
+mod draw;
+mod dry;
+mod field;
+mod history;
 mod math;
 mod params;
+mod penalties;
+mod plan;
 mod rng;
 mod row;
+mod stage;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
-use self::adjust::Adjustments;
-use self::candidates::{Candidates, min_p_bound};
+use self::candidates::Candidates;
+use self::draw::Draw;
+pub use self::dry::Breakers;
+use self::dry::Dry;
+use self::field::Field;
+use self::history::History;
 pub use self::params::{BAN_BIAS, InvalidParam, MAX_REPEAT_LAST_N, SamplingParams};
+use self::penalties::{Penalties, bias, in_vocab};
+use self::plan::{Step, plan};
 use self::rng::SplitMix64;
-use self::row::{Patch, Row};
+use self::row::Patch;
+pub use self::stage::SamplerStage;
 use crate::request::TokenId;
 
 /// The sampler of one request.
@@ -33,8 +49,14 @@ use crate::request::TokenId;
 pub struct Sampler {
     params: SamplingParams,
     n_vocab: usize,
+    plan: Vec<Step>,
+    bias: Vec<(TokenId, f32)>,
+    penalties: Penalties,
+    dry: Dry,
+    /// As long as the longer of the two windows.
+    history: History,
     rng: SplitMix64,
-    adjustments: Adjustments,
+    draw: Draw,
     scratch: Scratch,
 }
 
@@ -79,27 +101,41 @@ pub enum SampleError {
     },
 }
 
-/// All that a [`Sampler`] needs to go on elsewhere with the very same draws.
+/// All that a [`Sampler`] needs to go on elsewhere with the very same draws, but for the DRY breakers of its vocabulary.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplerState {
     params: SamplingParams,
     n_vocab: usize,
     rng: SplitMix64,
-    /// The penalty window, oldest token first.
-    window: Vec<TokenId>,
+    draw: Draw,
+    /// The tokens that penalties and DRY look back at, oldest first.
+    history: Vec<TokenId>,
 }
 
 impl Sampler {
     /// A sampler for parameters that [`SamplingParams::validate`] has accepted. `seed` is `params.seed` or the engine's
     /// own choice.
     pub fn new(params: &SamplingParams, n_vocab: usize, seed: u64) -> Self {
+        let (penalties, dry) = (Penalties::new(params), Dry::new(params));
         Self {
             params: params.clone(),
             n_vocab,
+            plan: plan(params),
+            bias: bias(params, n_vocab),
+            history: History::new(penalties.window_tokens().max(dry.window_tokens())),
+            penalties,
+            dry,
             rng: SplitMix64::new(seed),
-            adjustments: Adjustments::new(params, n_vocab),
+            draw: Draw::new(params),
             scratch: Scratch::default(),
         }
+    }
+
+    /// The same sampler with the token sequences that end a repetition for DRY; there are none without this.
+    #[must_use]
+    pub fn with_breakers(mut self, breakers: Arc<Breakers>) -> Self {
+        self.dry.set_breakers(breakers);
+        self
     }
 
     /// What to write down so that [`resume`](Self::resume) continues as this sampler would.
@@ -108,27 +144,34 @@ impl Sampler {
             params: self.params.clone(),
             n_vocab: self.n_vocab,
             rng: self.rng,
-            window: self.adjustments.window().collect(),
+            draw: self.draw.clone(),
+            history: self.history.last(usize::MAX).to_vec(),
         }
     }
 
-    /// The sampler that [`state`](Self::state) described.
+    /// The sampler that [`state`](Self::state) described. Between a draw and its [`accept`](Self::accept) there is no state to resume.
     ///
     /// # Errors
     /// As [`SamplingParams::validate`]: a state may come from another process.
     pub fn resume(state: SamplerState) -> Result<Self, InvalidParam> {
         state.params.validate(state.n_vocab)?;
         let mut sampler = Self::new(&state.params, state.n_vocab, 0);
-        sampler.rng = state.rng;
-        for token in state.window {
+        for token in state.history {
             sampler.accept(token);
         }
+        sampler.rng = state.rng;
+        sampler.draw = state.draw;
         Ok(sampler)
     }
 
-    /// Notes a token of the prompt or of the output for the penalties.
+    /// Notes a token of the prompt or of the output for what looks back. Ids outside the vocabulary are ignored.
     pub fn accept(&mut self, token: TokenId) {
-        self.adjustments.accept(token);
+        if !in_vocab(token, self.n_vocab) {
+            return;
+        }
+        self.penalties.accept(token, self.history.last(self.penalties.window_tokens()));
+        self.history.push(token);
+        self.draw.accept(token);
     }
 
     /// Chooses a token from `logits`, of shape `[n_vocab]`. A NaN counts as `-inf`.
@@ -156,129 +199,67 @@ impl Sampler {
     }
 
     fn choose(&mut self, logits: &[f32], banned: &[TokenId]) -> Result<TokenId, SampleError> {
-        self.adjustments.patch(logits, banned, &mut self.scratch.patches);
-        let Scratch { patches, maxima, blocks, candidates } = &mut self.scratch;
-        let row = Row::new(logits, patches);
-        let top = checked_top(row.find_maxima(maxima))?;
-        if self.params.temperature <= 0.0 {
-            return row.first_at(top, maxima).ok_or(SampleError::NoCandidate);
+        let mut field = Field::new(logits, &mut self.scratch);
+        field.adjust(self.bias.iter().copied(), |logit, bias| logit + bias);
+        field.ban(banned);
+        field.check()?;
+        let min_keep = self.params.min_keep as usize;
+        for step in &self.plan {
+            match *step {
+                Step::Penalties => {
+                    field.adjust(self.penalties.counts(), |logit, n| self.penalties.penalised(logit, n));
+                }
+                Step::Dry => {
+                    let tokens = self.history.last(self.dry.window_tokens());
+                    field.adjust(self.dry.penalties(tokens), |logit, penalty| logit - penalty);
+                }
+                Step::TopNSigma(n) => field.keep_top_n_sigma(n),
+                Step::TopK(k) => field.keep_top_k(k),
+                Step::TypicalP(p) => field.settle().keep_typical(p, min_keep),
+                Step::TopP { p, then_min_p } => field.keep_top_p(p, min_keep, then_min_p),
+                Step::MinP(p) => field.keep_min_p(p, min_keep),
+                Step::Xtc { probability, threshold } => {
+                    if self.rng.uniform() < f64::from(probability) {
+                        field.settle().remove_top_choices(threshold, min_keep);
+                    }
+                }
+                Step::Temperature(temperature) => field.heat(temperature),
+                Step::DynamicTemperature { low, high, exponent } => {
+                    if let Some(entropy) = field.settle().relative_entropy() {
+                        let share = entropy.powf(f64::from(exponent)) as f32;
+                        field.heat(low + (high - low) * share);
+                    }
+                }
+                Step::Best => return field.best().ok_or(SampleError::NoCandidate),
+            }
         }
-        let scale = self.params.temperature.recip().min(f32::MAX);
         let uniform = self.rng.uniform();
-        let drawn = if filter(row, top, &self.params, maxima, blocks, candidates) {
-            candidates.draw(scale, uniform)
-        } else {
-            let total = row.weigh(top, scale, blocks);
-            row.at_weight(uniform * total, top, scale, blocks)
-        };
-        drawn.ok_or(SampleError::NoCandidate)
+        self.draw.draw(&mut field, uniform).ok_or(SampleError::NoCandidate)
     }
 }
 
 impl Scratch {
-    /// The logarithm of the sum of `exp(logit)` over the model's own row, and its best `n_top` tokens.
+    /// The logarithm of the sum of `exp(logit)` over the model's own row, and its best `n_top` tokens. Right after [`Field::new`] for
+    /// the same row: its block maxima serve again.
     fn logprobs(&mut self, logits: &[f32], n_top: usize) -> Result<(f32, Vec<(TokenId, f32)>), SampleError> {
-        let Self { maxima, blocks, candidates, .. } = self;
-        let row = Row::new(logits, &[]);
-        let top = checked_top(row.find_maxima(maxima))?;
-        let log_total = (f64::from(top) + row.weigh(top, 1.0, blocks).ln()) as f32;
+        let mut field = Field::again(logits, self);
+        field.check()?;
+        let log_total = field.log_total();
         if n_top == 0 {
             return Ok((log_total, Vec::new()));
         }
-        gather_top_k(row, n_top, maxima, blocks, candidates);
-        let mut best: Vec<_> = candidates.list.iter().map(|best| (best.token, best.logit - log_total)).collect();
+        field.keep_top_k(n_top);
+        let list = &field.settle().list;
+        let mut best: Vec<_> = list.iter().map(|best| (best.token, best.logit - log_total)).collect();
         best.sort_by(|a, b| b.1.total_cmp(&a.1)); // stable, so that ties stay in order of their ids
         Ok((log_total, best))
     }
 }
 
-fn checked_top(top: f32) -> Result<f32, SampleError> {
+fn checked_top(top: f32) -> Result<(), SampleError> {
     match top {
         f32::NEG_INFINITY => Err(SampleError::NoCandidate),
         f32::INFINITY => Err(SampleError::InfiniteLogit),
-        top => Ok(top),
-    }
-}
-
-/// Runs the filters and leaves the tokens to draw from in `candidates`. `false` if no filter is on, so that the whole row
-/// stays in play.
-fn filter(
-    row: Row<'_>,
-    top: f32,
-    params: &SamplingParams,
-    maxima: &[f32],
-    blocks: &mut Vec<f32>,
-    candidates: &mut Candidates,
-) -> bool {
-    let &SamplingParams { top_p, min_p, typical_p, .. } = params;
-    let (has_top_p, has_min_p, has_typical) = (top_p < 1.0, min_p > 0.0, typical_p < 1.0);
-    // Weight of all tokens that top_p has to consider, where that is more than the candidates.
-    let mut total = None;
-    match usize::try_from(params.top_k) {
-        Ok(k) if k > 0 => gather_top_k(row, k, maxima, blocks, candidates),
-        _ if has_typical => row.gather(f32::NEG_INFINITY, maxima, &mut candidates.list),
-        _ if has_top_p => {
-            let row_weight = row.weigh(top, 1.0, blocks);
-            gather_top_p(row, top, params, row_weight, maxima, candidates);
-            total = Some(row_weight);
-        }
-        _ if has_min_p => row.gather(min_p_bound(top, min_p), maxima, &mut candidates.list),
-        _ => return false,
-    }
-    if has_typical {
-        candidates.keep_typical(typical_p);
-    }
-    if has_top_p {
-        let total = total.unwrap_or_else(|| candidates.weight(candidates.top()));
-        candidates.keep_top_p(top_p, total);
-    }
-    if has_min_p {
-        candidates.keep_min_p(min_p);
-    }
-    true
-}
-
-/// Gathers the `k` best tokens of the row.
-///
-/// The `k` blocks with the largest maxima hold at least `k` tokens from the smallest of these maxima up, so no token below
-/// it can be among the best `k`.
-fn gather_top_k(row: Row<'_>, k: usize, maxima: &[f32], blocks: &mut Vec<f32>, candidates: &mut Candidates) {
-    let bound = if k < maxima.len() {
-        blocks.clear();
-        blocks.extend_from_slice(maxima);
-        *blocks.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
-    } else {
-        f32::NEG_INFINITY
-    };
-    row.gather(bound, maxima, &mut candidates.list);
-    candidates.keep_top_k(k);
-}
-
-/// Gathers the best tokens of the row, at least until they hold `top_p` of its weight, or to the bound of `min_p`.
-///
-/// Cutting there changes nothing: `min_p` would drop what lies below its bound, and what `top_p` keeps above the bound does
-/// not depend on it.
-fn gather_top_p(
-    row: Row<'_>,
-    top: f32,
-    params: &SamplingParams,
-    row_weight: f64,
-    maxima: &[f32],
-    candidates: &mut Candidates,
-) {
-    /// Above the rounding error of the two sums that are compared; a needless second turn only costs time.
-    const MARGIN: f64 = 1.0 + 1e-5;
-    /// Nats below the best token at which [`math::weight`] has reached 0.
-    const WEIGHTLESS: f32 = 88.0;
-
-    let floor = min_p_bound(top, params.min_p).max(top - WEIGHTLESS);
-    let mut depth = 3.0;
-    loop {
-        let bound = (top - depth).max(floor);
-        row.gather(bound, maxima, &mut candidates.list);
-        if bound <= floor || candidates.weight(top) >= f64::from(params.top_p) * row_weight * MARGIN {
-            return;
-        }
-        depth *= 2.0;
+        _ => Ok(()),
     }
 }

@@ -5,18 +5,28 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
+use super::stage::SamplerStage;
 use crate::request::TokenId;
 
-/// The largest penalty window; `repeat_last_n = -1` means this many tokens, so the whole context of any model we know.
+/// The largest window of the penalties and of DRY; -1 means this many tokens, so the whole context of any model we know.
 pub const MAX_REPEAT_LAST_N: i32 = 1 << 20;
+
+/// The most stages of a custom order; a stage may come twice.
+const MAX_SAMPLERS: usize = 32;
+
+/// The most texts that end a repetition for DRY.
+const MAX_DRY_BREAKERS: usize = 16;
+
+/// The longest of them, in bytes. Source: `llama_sampler_init_dry` at the pinned commit, which cuts longer ones.
+const MAX_DRY_BREAKER_BYTES: usize = 40;
 
 /// A logit bias at or below this bans the token outright, as OpenAI's documentation promises for -100.
 pub const BAN_BIAS: f32 = -100.0;
 
 /// How the next token is chosen from the logits. The defaults are llama-server's.
 ///
-/// The stages run in this order: `logit_bias`, penalties, `top_k`, `typical_p`, `top_p`, `min_p`, `temperature`, the draw.
-/// A temperature of 0 is greedy: the best token after bias and penalties, whatever the filters say.
+/// `logit_bias` comes first, then the stages of [`samplers`](Self::samplers) in their order, then the draw. A temperature of 0 takes
+/// the best token of those that are left when its stage comes. `mirostat` replaces all stages but `temperature`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamplingParams {
@@ -38,6 +48,40 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Subtracted from a token's logit once if the window has it at all.
     pub presence_penalty: f32,
+    /// Keep the tokens whose logit is at most this many standard deviations of all logits below the best; 0 and less keep all.
+    pub top_n_sigma: f32,
+    /// The fewest tokens that `top_p`, `typical_p`, `min_p` and XTC may leave; 0 and 1 are the same.
+    pub min_keep: u32,
+    /// How often XTC removes the likeliest tokens; 0 is never.
+    pub xtc_probability: f32,
+    /// XTC removes the tokens at least this probable, except for the least probable of them; above 0.5 it is off.
+    pub xtc_threshold: f32,
+    /// The temperature moves by so much up or down with the entropy of the tokens that are left; 0 is off.
+    pub dynatemp_range: f32,
+    /// The power of the entropy's share of its maximum with which the temperature moves.
+    pub dynatemp_exponent: f32,
+    /// Factor of DRY's penalty; 0 is off.
+    pub dry_multiplier: f32,
+    /// Base of DRY's penalty, to the power of how much longer a repetition is than `dry_allowed_length`.
+    pub dry_base: f32,
+    /// The longest repetition that DRY lets pass, in tokens.
+    pub dry_allowed_length: i32,
+    /// Tokens in which DRY looks for repetitions: 0 is off, -1 is the whole context.
+    pub dry_penalty_last_n: i32,
+    /// Texts that end a repetition for DRY.
+    pub dry_sequence_breakers: Vec<String>,
+    /// 1 and 2 are the versions of Mirostat, which replaces all stages but `temperature`; 0 is off.
+    pub mirostat: u8,
+    /// The surprise per token that Mirostat aims for, in bits.
+    pub mirostat_tau: f32,
+    /// How fast Mirostat corrects itself.
+    pub mirostat_eta: f32,
+    /// The probability near which adaptive-p draws; below 0 it draws as usual. Needs `adaptive_p` in `samplers`.
+    pub adaptive_target: f32,
+    /// How slowly adaptive-p forgets what it has drawn.
+    pub adaptive_decay: f32,
+    /// The stages and their order. What is not in it does not happen, the temperature included.
+    pub samplers: Vec<SamplerStage>,
     /// Added to the logits of single tokens; several entries for one token add up. -100 and below, `-inf` too, is a ban.
     /// Written as `null` where it is `-inf`, since JSON has no infinity.
     #[serde(with = "bias_or_null")]
@@ -59,6 +103,23 @@ impl Default for SamplingParams {
             repeat_last_n: 64,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            top_n_sigma: -1.0,
+            min_keep: 0,
+            xtc_probability: 0.0,
+            xtc_threshold: 0.1,
+            dynatemp_range: 0.0,
+            dynatemp_exponent: 1.0,
+            dry_multiplier: 0.0,
+            dry_base: 1.75,
+            dry_allowed_length: 2,
+            dry_penalty_last_n: 64,
+            dry_sequence_breakers: ["\n", ":", "\"", "*"].map(str::to_owned).into(),
+            mirostat: 0,
+            mirostat_tau: 5.0,
+            mirostat_eta: 0.1,
+            adaptive_target: -1.0,
+            adaptive_decay: 0.9,
+            samplers: SamplerStage::DEFAULT_ORDER.into(),
             logit_bias: Vec::new(),
             seed: None,
         }
@@ -85,6 +146,22 @@ impl SamplingParams {
         within("repeat_last_n", self.repeat_last_n, -1..=MAX_REPEAT_LAST_N)?;
         within("frequency_penalty", self.frequency_penalty, -100.0..=100.0)?;
         within("presence_penalty", self.presence_penalty, -100.0..=100.0)?;
+        within("top_n_sigma", self.top_n_sigma, -1.0..=1000.0)?;
+        within("min_keep", self.min_keep, 0..=i32::MAX as u32)?;
+        within("xtc_probability", self.xtc_probability, 0.0..=1.0)?;
+        within("xtc_threshold", self.xtc_threshold, 0.0..=1.0)?;
+        within("dynatemp_range", self.dynatemp_range, 0.0..=100.0)?;
+        within("dynatemp_exponent", self.dynatemp_exponent, 0.0..=100.0)?;
+        within("dry_multiplier", self.dry_multiplier, 0.0..=1000.0)?;
+        within("dry_base", self.dry_base, 1.0..=1000.0)?;
+        within("dry_allowed_length", self.dry_allowed_length, 0..=i32::MAX)?;
+        within("dry_penalty_last_n", self.dry_penalty_last_n, -1..=MAX_REPEAT_LAST_N)?;
+        within("mirostat", self.mirostat, 0..=2)?;
+        within("mirostat_tau", self.mirostat_tau, 0.0..=100.0)?;
+        within("mirostat_eta", self.mirostat_eta, 0.0..=10.0)?;
+        within("adaptive_target", self.adaptive_target, -1.0..=1.0)?;
+        within("adaptive_decay", self.adaptive_decay, 0.0..=0.99)?;
+        self.validate_lists()?;
         if self.logit_bias.len() > n_vocab {
             let given = format!("{} entries", self.logit_bias.len());
             return Err(InvalidParam::new("logit_bias", given, format!("at most {n_vocab} entries")));
@@ -100,11 +177,44 @@ impl SamplingParams {
         Ok(())
     }
 
+    fn validate_lists(&self) -> Result<(), InvalidParam> {
+        if self.samplers.len() > MAX_SAMPLERS {
+            let given = format!("{} stages", self.samplers.len());
+            return Err(InvalidParam::new("samplers", given, format!("at most {MAX_SAMPLERS} stages")));
+        }
+        let breakers = &self.dry_sequence_breakers;
+        if breakers.len() > MAX_DRY_BREAKERS {
+            let (given, allowed) = (format!("{} texts", breakers.len()), format!("at most {MAX_DRY_BREAKERS} texts"));
+            return Err(InvalidParam::new("dry_sequence_breakers", given, allowed));
+        }
+        if let Some(text) = breakers.iter().find(|text| !(1..=MAX_DRY_BREAKER_BYTES).contains(&text.len())) {
+            let given = format!("one of {} bytes", text.len());
+            let allowed = format!("texts of 1 to {MAX_DRY_BREAKER_BYTES} bytes");
+            return Err(InvalidParam::new("dry_sequence_breakers", given, allowed));
+        }
+        Ok(())
+    }
+
+    /// Whether the stage is in the order, and the order counts.
+    fn has(&self, stage: SamplerStage) -> bool {
+        self.mirostat == 0 && self.samplers.contains(&stage)
+    }
+
+    /// Whether DRY can change any logit; without it no window is kept and no breakers are needed.
+    pub(crate) fn has_dry(&self) -> bool {
+        self.has(SamplerStage::Dry) && self.dry_multiplier != 0.0 && self.dry_penalty_last_n != 0
+    }
+
     /// Whether the penalties can change any logit; without them no window is kept.
     pub(super) fn has_penalties(&self) -> bool {
         let penalties = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty);
-        penalties != (1.0, 0.0, 0.0) && self.repeat_last_n != 0
+        self.has(SamplerStage::Penalties) && penalties != (1.0, 0.0, 0.0) && self.repeat_last_n != 0
     }
+}
+
+/// The length of a window that a request gives as `last_n`.
+pub(super) fn window_tokens(last_n: i32) -> usize {
+    usize::try_from(last_n).unwrap_or(MAX_REPEAT_LAST_N as usize)
 }
 
 /// A request parameter outside its range.
@@ -187,12 +297,23 @@ mod tests {
         assert_eq!(message(&params), "`logit_bias` must be keyed by token ids below 10, got -1");
         let params = SamplingParams { logit_bias: vec![(1, 0.0); 11], ..SamplingParams::default() };
         assert_eq!(message(&params), "`logit_bias` must be at most 10 entries, got 11 entries");
+        let params = SamplingParams { samplers: vec![SamplerStage::TopK; 33], ..SamplingParams::default() };
+        assert_eq!(message(&params), "`samplers` must be at most 32 stages, got 33 stages");
+        let breakers =
+            |texts: Vec<String>| SamplingParams { dry_sequence_breakers: texts, ..SamplingParams::default() };
+        let params = breakers(vec![":".to_owned(); 17]);
+        assert_eq!(message(&params), "`dry_sequence_breakers` must be at most 16 texts, got 17 texts");
+        for n_bytes in [0, 41] {
+            let expected =
+                format!("`dry_sequence_breakers` must be texts of 1 to 40 bytes, got one of {n_bytes} bytes");
+            assert_eq!(message(&breakers(vec![":".to_owned(), "a".repeat(n_bytes)])), expected);
+        }
     }
 
     #[test]
     fn nan_infinite_and_huge_numbers_are_rejected_in_every_field() {
         type Set = fn(&mut SamplingParams, f32);
-        let fields: [(&str, Set); 8] = [
+        let fields: [(&str, Set); 19] = [
             ("temperature", |p, x| p.temperature = x),
             ("top_p", |p, x| p.top_p = x),
             ("min_p", |p, x| p.min_p = x),
@@ -201,6 +322,17 @@ mod tests {
             ("frequency_penalty", |p, x| p.frequency_penalty = x),
             ("presence_penalty", |p, x| p.presence_penalty = x),
             ("logit_bias", |p, x| p.logit_bias = vec![(1, x)]),
+            ("top_n_sigma", |p, x| p.top_n_sigma = x),
+            ("xtc_probability", |p, x| p.xtc_probability = x),
+            ("xtc_threshold", |p, x| p.xtc_threshold = x),
+            ("dynatemp_range", |p, x| p.dynatemp_range = x),
+            ("dynatemp_exponent", |p, x| p.dynatemp_exponent = x),
+            ("dry_multiplier", |p, x| p.dry_multiplier = x),
+            ("dry_base", |p, x| p.dry_base = x),
+            ("mirostat_tau", |p, x| p.mirostat_tau = x),
+            ("mirostat_eta", |p, x| p.mirostat_eta = x),
+            ("adaptive_target", |p, x| p.adaptive_target = x),
+            ("adaptive_decay", |p, x| p.adaptive_decay = x),
         ];
         for (name, set) in fields {
             for value in [f32::NAN, f32::INFINITY, f32::MAX] {
@@ -215,6 +347,12 @@ mod tests {
             ("repeat_penalty", SamplingParams { repeat_penalty: 0.0, ..SamplingParams::default() }),
             ("top_k", SamplingParams { top_k: i32::MIN, ..SamplingParams::default() }),
             ("repeat_last_n", SamplingParams { repeat_last_n: i32::MAX, ..SamplingParams::default() }),
+            ("dry_penalty_last_n", SamplingParams { dry_penalty_last_n: -2, ..SamplingParams::default() }),
+            ("dry_allowed_length", SamplingParams { dry_allowed_length: -1, ..SamplingParams::default() }),
+            ("dry_base", SamplingParams { dry_base: 0.9, ..SamplingParams::default() }),
+            ("min_keep", SamplingParams { min_keep: u32::MAX, ..SamplingParams::default() }),
+            ("mirostat", SamplingParams { mirostat: 3, ..SamplingParams::default() }),
+            ("adaptive_decay", SamplingParams { adaptive_decay: 1.0, ..SamplingParams::default() }),
         ] {
             assert_eq!(params.validate(10).expect_err(name).param, name);
         }

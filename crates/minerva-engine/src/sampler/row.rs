@@ -4,11 +4,11 @@
 //! visits only the blocks whose maximum reaches it, which for real models are a few dozen.
 
 use super::candidates::Candidate;
-use super::math::{BLOCK, block_max, block_weight, weight};
+use super::math::{BLOCK, Moments, block_max, block_moments, block_weight, slice_max, weight};
 use crate::request::TokenId;
 
 /// A token whose logit is not the model's own.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Patch {
     pub(super) token: usize,
     pub(super) logit: f32,
@@ -29,16 +29,28 @@ impl<'a> Row<'a> {
     /// Writes the maximum of each block to `maxima` and returns the largest.
     pub(super) fn find_maxima(self, maxima: &mut Vec<f32>) -> f32 {
         maxima.clear();
-        let mut top = f32::NEG_INFINITY;
-        self.for_each_block(
-            |_| true,
-            |_, block| {
-                let max = block_max(block);
-                maxima.push(max);
-                top = if max > top { max } else { top };
-            },
-        );
-        top
+        self.for_each_block(|_| true, |_, block| maxima.push(block_max(block)));
+        slice_max(maxima)
+    }
+
+    /// Writes the maxima anew of the blocks that have a token of `touched`, sorted by token, and returns the largest of all.
+    pub(super) fn refresh_maxima(self, mut touched: &[Patch], maxima: &mut [f32]) -> f32 {
+        while let Some(first) = touched.first() {
+            let i = first.token / BLOCK;
+            let n_here = touched.iter().take_while(|patch| patch.token / BLOCK == i).count();
+            touched = &touched[n_here..];
+            let start = self.patches.partition_point(|patch| patch.token / BLOCK < i);
+            let here = self.patches[start..].iter().take_while(|patch| patch.token / BLOCK == i).count();
+            maxima[i] = block_max(&self.patched_block(i, &self.patches[start..start + here]));
+        }
+        slice_max(maxima)
+    }
+
+    /// Number, mean and spread of the logits that are not `-inf`. The distances are from `top`, the largest.
+    pub(super) fn moments(self, top: f32) -> Moments {
+        let mut moments = Moments::default();
+        self.for_each_block(|_| true, |_, block| moments.add(block_moments(block, top)));
+        moments
     }
 
     /// The first token whose logit is `top`, the largest of `maxima`.
@@ -117,7 +129,7 @@ impl<'a> Row<'a> {
     /// Calls `visit` with the first token and the patched logits of each block that is `wanted`, in order. The last block
     /// is filled up with `-inf`. Only blocks with a patch in them, and the last, are copied.
     fn for_each_block(self, wanted: impl Fn(usize) -> bool, mut visit: impl FnMut(usize, &[f32; BLOCK])) {
-        let (full, tail) = self.logits.as_chunks::<BLOCK>();
+        let full = self.logits.as_chunks::<BLOCK>().0;
         let mut patches = self.patches;
         for i in 0..self.logits.len().div_ceil(BLOCK) {
             let start = i * BLOCK;
@@ -129,16 +141,20 @@ impl<'a> Row<'a> {
             }
             match full.get(i) {
                 Some(block) if here.is_empty() => visit(start, block),
-                block => {
-                    let source = block.map_or(tail, <[f32; BLOCK]>::as_slice);
-                    let mut copy = [f32::NEG_INFINITY; BLOCK];
-                    copy[..source.len()].copy_from_slice(source);
-                    for patch in here {
-                        copy[patch.token - start] = patch.logit;
-                    }
-                    visit(start, &copy);
-                }
+                _ => visit(start, &self.patched_block(i, here)),
             }
         }
+    }
+
+    /// Block `i` with its patches, `here`, and filled up with `-inf`.
+    fn patched_block(self, i: usize, here: &[Patch]) -> [f32; BLOCK] {
+        let start = i * BLOCK;
+        let source = &self.logits[start..self.logits.len().min(start + BLOCK)];
+        let mut copy = [f32::NEG_INFINITY; BLOCK];
+        copy[..source.len()].copy_from_slice(source);
+        for patch in here {
+            copy[patch.token - start] = patch.logit;
+        }
+        copy
     }
 }

@@ -11,6 +11,7 @@ mod generation;
 mod health;
 mod models;
 mod params;
+mod sampling;
 mod status;
 mod unsupported;
 pub(crate) mod wire;

@@ -1,10 +1,10 @@
 //! The parameters that chat and plain completions share.
 
-use minerva_engine::{ModelInfo, Request, SamplingParams, TokenId};
+use minerva_engine::{ModelInfo, Request};
 use serde_json::Value as Json;
 
 use super::error::ApiError;
-use super::fields::{Fields, float};
+use super::fields::Fields;
 use crate::state::App;
 
 /// More than any client sends; OpenAI takes 4.
@@ -55,7 +55,7 @@ pub(crate) fn request(fields: &mut Fields, info: &ModelInfo) -> Result<Request, 
         max_tokens: max_completion_tokens.or(max_tokens).or(n_predict),
         stop: stop(fields)?,
         ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
-        sampling: sampling(fields)?,
+        sampling: super::sampling::params(fields)?,
         cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
         speculate: fields.bool("speculate")?.unwrap_or(true),
         priority: fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.map_or(0, |priority| priority as i32),
@@ -63,57 +63,6 @@ pub(crate) fn request(fields: &mut Fields, info: &ModelInfo) -> Result<Request, 
         max_itl_ms: fields.count("max_itl_ms", 1, u32::MAX)?.map(u64::from),
         ..Request::default()
     })
-}
-
-fn sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
-    let defaults = SamplingParams::default();
-    let mut params = SamplingParams {
-        logit_bias: logit_bias(fields)?,
-        // -1 is llama-server's "draw one"; other negative seeds are seeds.
-        seed: fields
-            .integer("seed", i64::MIN.into(), u64::MAX.into())?
-            .filter(|seed| *seed != -1)
-            .map(|seed| seed as u64),
-        top_k: fields.integer("top_k", i32::MIN.into(), i32::MAX.into())?.map_or(defaults.top_k, |value| value as i32),
-        repeat_last_n: fields
-            .integer("repeat_last_n", i32::MIN.into(), i32::MAX.into())?
-            .map_or(defaults.repeat_last_n, |value| value as i32),
-        ..defaults
-    };
-    for (name, value) in [
-        ("temperature", &mut params.temperature),
-        ("top_p", &mut params.top_p),
-        ("min_p", &mut params.min_p),
-        ("typical_p", &mut params.typical_p),
-        ("repeat_penalty", &mut params.repeat_penalty),
-        ("frequency_penalty", &mut params.frequency_penalty),
-        ("presence_penalty", &mut params.presence_penalty),
-    ] {
-        if let Some(given) = fields.float(name)? {
-            *value = given;
-        }
-    }
-    Ok(params)
-}
-
-/// OpenAI's map from token id (as text) to bias.
-fn logit_bias(fields: &mut Fields) -> Result<Vec<(TokenId, f32)>, ApiError> {
-    let map = match fields.take("logit_bias") {
-        None => return Ok(Vec::new()),
-        Some(Json::Object(map)) => map,
-        Some(other) => return Err(ApiError::wrong_type("logit_bias", "an object from token ids to numbers", &other)),
-    };
-    let entry = |(token, bias): (&String, &Json)| {
-        let id = token.parse::<TokenId>().ok().filter(|id| *id >= 0);
-        let id = id.ok_or_else(|| ApiError::wrong_value("logit_bias", "an object whose keys are token ids"))?;
-        let bias = float(bias, "logit_bias")?;
-        if (-100.0..=100.0).contains(&bias) {
-            Ok((id, bias))
-        } else {
-            Err(ApiError::wrong_value("logit_bias", "an object whose values are between -100 and 100"))
-        }
-    };
-    map.iter().map(entry).collect()
 }
 
 /// One text or several.

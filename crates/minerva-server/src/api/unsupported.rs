@@ -67,8 +67,6 @@ const FIELDS: &[(&str, Neutral)] = &[
     ("chat_template", Neutral::Empty),
     ("chat_template_kwargs", Neutral::Empty),
     ("continue_final_message", Neutral::False),
-    ("dry_multiplier", Neutral::Zero),
-    ("dynatemp_range", Neutral::Zero),
     ("grammar", Neutral::Empty),
     ("guided_choice", Neutral::Empty),
     ("guided_grammar", Neutral::Empty),
@@ -78,17 +76,13 @@ const FIELDS: &[(&str, Neutral)] = &[
     ("json_schema", Neutral::Empty),
     ("lora", Neutral::Empty),
     ("min_tokens", Neutral::Zero),
-    ("mirostat", Neutral::Zero),
     ("n_keep", Neutral::Zero),
     ("n_probs", Neutral::Zero),
     ("post_sampling_probs", Neutral::False),
     ("prompt_logprobs", Neutral::Zero),
-    ("repetition_penalty", Neutral::One), // ours is `repeat_penalty`
     ("return_tokens", Neutral::False),
-    ("samplers", Neutral::Empty),
     ("stop_token_ids", Neutral::Empty),
     ("structured_outputs", Neutral::Empty),
-    ("xtc_probability", Neutral::Zero),
 ];
 
 /// Takes every field of the table; the first that asks for something is an error.

@@ -2,6 +2,8 @@
 
 use proptest::prelude::*;
 
+mod llama;
+
 use super::*;
 
 const NEG_INF: f32 = f32::NEG_INFINITY;
@@ -19,13 +21,12 @@ fn row(n_vocab: usize, seed: u64) -> Vec<f32> {
 
 /// The tokens that the filters leave, by ascending id.
 fn kept(params: &SamplingParams, logits: &[f32]) -> Vec<TokenId> {
-    let mut scratch = Scratch::default();
-    let row = Row::new(logits, &[]);
-    let top = row.find_maxima(&mut scratch.maxima);
-    if !filter(row, top, params, &scratch.maxima, &mut scratch.blocks, &mut scratch.candidates) {
-        row.gather(NEG_INF, &scratch.maxima, &mut scratch.candidates.list);
+    let mut sampler = Sampler::new(params, logits.len(), 0);
+    sampler.sample(logits, &[], None).expect("a token is left");
+    if sampler.scratch.candidates.list.is_empty() {
+        return (0..).zip(logits).filter(|(_, logit)| **logit > NEG_INF).map(|(token, _)| token).collect(); // nothing narrowed the row
     }
-    scratch.candidates.list.iter().map(|candidate| candidate.token).collect()
+    sampler.scratch.candidates.list.iter().map(|candidate| candidate.token).collect()
 }
 
 /// What [`kept`] must be. `None` where a stage comes so close to its limit that rounding may decide.
@@ -316,7 +317,7 @@ fn a_resumed_sampler_goes_on_as_if_nothing_had_happened() {
 fn a_state_with_broken_parameters_is_refused() {
     let mut state = Sampler::new(&plain(), 10, 0).state();
     state.params.top_p = 7.0;
-    state.window = vec![-4, 1_000];
+    state.history = vec![-4, 1_000];
     assert_eq!(Sampler::resume(state).expect_err("must be refused").param, "top_p");
 }
 
