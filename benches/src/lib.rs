@@ -3,6 +3,7 @@
 
 pub mod engine;
 pub mod gpu;
+pub mod sampler;
 pub mod serve;
 
 mod chart; // what all of them share

@@ -147,6 +147,16 @@ impl SamplerChain {
     }
 }
 
+impl Clone for SamplerChain {
+    /// A chain in the same state, which goes on by itself.
+    fn clone(&self) -> Self {
+        // SAFETY: the chain is live, and a clone shares nothing with it.
+        let raw = unsafe { sys::llama_sampler_clone(self.raw.as_ptr()) };
+        let raw = NonNull::new(raw).expect("llama.cpp gives a chain");
+        Self { raw, array: Vec::new(), kept: 0..0, selected: None }
+    }
+}
+
 impl Default for SamplerChain {
     fn default() -> Self {
         Self::new()

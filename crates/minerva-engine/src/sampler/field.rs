@@ -52,8 +52,8 @@ impl<'a> Field<'a> {
 
     /// Changes the logits of some tokens, which ascend. Each is told its logit.
     pub(super) fn adjust<T>(&mut self, tokens: impl Iterator<Item = (TokenId, T)>, change: impl Fn(f32, T) -> f32) {
-        let is_plain_row = self.is_row && self.floor == f32::NEG_INFINITY && self.scratch.candidates.scale == 1.0;
-        if is_plain_row {
+        let is_scaled = (self.scratch.candidates.scale - 1.0).abs() > 0.0;
+        if self.is_row && self.floor == f32::NEG_INFINITY && !is_scaled {
             self.patch(tokens, change);
         } else {
             self.adjust_candidates(tokens, change);

@@ -82,7 +82,7 @@ fn step(stage: SamplerStage, params: &SamplingParams) -> Option<Step> {
             exponent: params.dynatemp_exponent,
         }),
         SamplerStage::Temperature if temperature <= 0.0 => Some(Step::Best),
-        SamplerStage::Temperature => (temperature != 1.0).then_some(Step::Temperature(temperature)),
+        SamplerStage::Temperature => Some(Step::Temperature(temperature)),
         SamplerStage::AdaptiveP => None, // it is the draw: `draw::Draw`
     }
 }
@@ -98,7 +98,7 @@ mod tests {
             [Step::TopK(40), Step::TopP { p: 0.95, then_min_p: 0.05 }, Step::MinP(0.05), Step::Temperature(0.8)];
         assert_eq!(plan(&defaults), steps);
         let off = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..defaults.clone() };
-        assert_eq!(plan(&off), []);
+        assert_eq!(plan(&off), [Step::Temperature(1.0)]);
         assert_eq!(plan(&SamplingParams { samplers: Vec::new(), ..defaults.clone() }), []);
         assert_eq!(plan(&SamplingParams { mirostat: 2, ..defaults }), [Step::Temperature(0.8)]);
     }

@@ -1,9 +1,11 @@
-//! The sampler as a whole against a plain reference: full sorts, `f64`, one stage after the other.
+//! The sampler as a whole: against a plain reference, against llama.cpp's, and against the exact distribution.
 
 use proptest::prelude::*;
 
 mod llama;
+mod reference;
 
+use self::reference::{left_by_reference, probabilities};
 use super::*;
 
 const NEG_INF: f32 = f32::NEG_INFINITY;
@@ -19,81 +21,35 @@ fn row(n_vocab: usize, seed: u64) -> Vec<f32> {
     (0..n_vocab).map(|_| ((0..4).map(|_| rng.uniform()).sum::<f64>() * 6.0 - 12.0) as f32).collect()
 }
 
-/// The tokens that the filters leave, by ascending id.
-fn kept(params: &SamplingParams, logits: &[f32]) -> Vec<TokenId> {
-    let mut sampler = Sampler::new(params, logits.len(), 0);
-    sampler.sample(logits, &[], None).expect("a token is left");
-    if sampler.scratch.candidates.list.is_empty() {
-        return (0..).zip(logits).filter(|(_, logit)| **logit > NEG_INF).map(|(token, _)| token).collect(); // nothing narrowed the row
+/// The tokens that are left of `logits` when the draw comes, with their probabilities, by ascending id.
+fn left(sampler: &mut Sampler, logits: &[f32]) -> Vec<(TokenId, f64)> {
+    sampler.scratch.candidates.list.clear();
+    let chosen = sampler.sample(logits, &[], None).expect("a token is left").token;
+    let Scratch { candidates, patches, .. } = &sampler.scratch;
+    let mut left = Vec::new();
+    if sampler.plan.last() == Some(&Step::Best) {
+        return vec![(chosen, 1.0)];
+    } else if candidates.list.is_empty() {
+        left.extend((0..).zip(logits.iter().map(|logit| f64::from(*logit)))); // nothing narrowed the row
+        for patch in patches {
+            left[patch.token].1 = f64::from(patch.logit);
+        }
+        left.retain(|token| token.1 > f64::NEG_INFINITY);
+    } else {
+        left.extend(candidates.list.iter().map(|candidate| (candidate.token, f64::from(candidate.logit))));
     }
-    sampler.scratch.candidates.list.iter().map(|candidate| candidate.token).collect()
+    left.iter().map(|token| token.0).zip(probabilities(&left, 1.0 / f64::from(candidates.scale))).collect()
 }
 
-/// What [`kept`] must be. `None` where a stage comes so close to its limit that rounding may decide.
-fn kept_by_reference(params: &SamplingParams, logits: &[f32]) -> Option<Vec<TokenId>> {
-    const CLOSE: f64 = 1e-5;
-    let mut tokens: Vec<(TokenId, f64)> = (0..).zip(logits.iter().map(|logit| f64::from(*logit))).collect();
-    tokens.retain(|(_, logit)| logit.is_finite());
-    tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    if params.top_k > 0 {
-        tokens.truncate(params.top_k as usize);
+/// Compares two lists by ascending id. A token that is too improbable for an `f32` may be in either or not.
+fn assert_same(ours: &[(TokenId, f64)], theirs: &[(TokenId, f64)], what: &dyn std::fmt::Debug) {
+    let possible = |list: &[(TokenId, f64)]| list.iter().copied().filter(|token| token.1 > 1e-37).collect::<Vec<_>>();
+    let (ours, theirs) = (possible(ours), possible(theirs));
+    let ids = |list: &[(TokenId, f64)]| list.iter().map(|token| token.0).collect::<Vec<_>>();
+    assert_eq!(ids(&ours), ids(&theirs), "{what:?}");
+    for (our, their) in ours.iter().zip(&theirs) {
+        assert!((our.1 - their.1).abs() <= 2e-4 * their.1 + 1e-7, "{our:?} {their:?} for {what:?}");
     }
-    if params.typical_p < 1.0 {
-        let surprise: Vec<f64> = probabilities(&tokens, 1.0).iter().map(|p| -p.ln()).collect();
-        let entropy: f64 = surprise.iter().map(|s| s * (-s).exp()).sum();
-        let mut order: Vec<(f64, f64, (TokenId, f64))> =
-            surprise.iter().zip(&tokens).map(|(s, token)| ((s - entropy).abs(), (-s).exp(), *token)).collect();
-        order.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.2.0.cmp(&b.2.0)));
-        let is_close = |a: &(f64, f64, (TokenId, f64)), b: &(f64, f64, (TokenId, f64))| {
-            a.2.1.to_bits() != b.2.1.to_bits() && (a.0 - b.0).abs() < CLOSE
-        };
-        if order.windows(2).any(|pair| is_close(&pair[0], &pair[1])) {
-            return None;
-        }
-        // Equal logits are equally far from the entropy, whatever rounding said above.
-        order.sort_by(|a, b| if (a.0 - b.0).abs() < CLOSE { a.2.0.cmp(&b.2.0) } else { a.0.total_cmp(&b.0) });
-        let n = prefix(order.iter().map(|entry| entry.1), params.typical_p, CLOSE)?;
-        tokens = order[..n].iter().map(|entry| entry.2).collect();
-        tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    }
-    if params.top_p < 1.0 {
-        let n = prefix(probabilities(&tokens, 1.0).into_iter(), params.top_p, CLOSE)?;
-        tokens.truncate(n);
-    }
-    if params.min_p > 0.0 {
-        let ratio = |logit: f64| (logit - tokens[0].1).exp() / f64::from(params.min_p);
-        if tokens.iter().any(|token| (ratio(token.1) - 1.0).abs() < CLOSE) {
-            return None;
-        }
-        let n = tokens.iter().take_while(|token| ratio(token.1) >= 1.0).count();
-        tokens.truncate(n.max(1));
-    }
-    let mut ids: Vec<TokenId> = tokens.iter().map(|token| token.0).collect();
-    ids.sort_unstable();
-    Some(ids)
-}
-
-/// How many of `probabilities` it takes to reach `p`; `None` if a running sum is close to it.
-fn prefix(probabilities: impl Iterator<Item = f64>, p: f32, close: f64) -> Option<usize> {
-    let (mut sum, mut n) = (0.0, 0);
-    for probability in probabilities {
-        sum += probability;
-        n += 1;
-        if (sum - f64::from(p)).abs() < close {
-            return None;
-        }
-        if sum > f64::from(p) {
-            break;
-        }
-    }
-    Some(n)
-}
-
-fn probabilities(tokens: &[(TokenId, f64)], temperature: f64) -> Vec<f64> {
-    let top = tokens.iter().map(|token| token.1).fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = tokens.iter().map(|token| ((token.1 - top) / temperature).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    weights.iter().map(|weight| weight / total).collect()
 }
 
 /// Rows over several blocks: few distinct values, so that ties are everywhere, or many; some tokens are impossible.
@@ -114,12 +70,37 @@ fn any_filters() -> impl Strategy<Value = SamplingParams> {
     let top_p = prop_oneof![Just(1.0), 0.0..1.0_f32, 0.9..1.0_f32];
     let min_p = prop_oneof![Just(0.0), 0.0..1.0_f32, 0.0..0.01_f32];
     let typical_p = prop_oneof![2 => Just(1.0), 1 => 0.0..1.0_f32];
-    (top_k, top_p, min_p, typical_p).prop_map(|(top_k, top_p, min_p, typical_p)| SamplingParams {
-        top_k,
-        top_p,
-        min_p,
-        typical_p,
-        ..plain()
+    let min_keep = prop_oneof![3 => Just(0), 1 => 1..500_u32];
+    let top_n_sigma = prop_oneof![2 => Just(-1.0), 1 => 0.1..4.0_f32];
+    let xtc = prop_oneof![2 => Just(0.0), 1 => 0.01..0.6_f32];
+    let temperature = (
+        prop_oneof![2 => Just(1.0), 1 => 0.1..3.0_f32, 1 => Just(0.0)],
+        prop_oneof![3 => Just(0.0), 1 => 0.1..2.0_f32],
+    );
+    let order = (Just(SamplerStage::DEFAULT_ORDER.to_vec()).prop_shuffle(), 0..20_usize).prop_map(|(mut order, n)| {
+        if n >= order.len() {
+            return SamplerStage::DEFAULT_ORDER.to_vec();
+        }
+        order.truncate(n);
+        order
+    });
+    let cuts = (top_k, top_p, min_p, typical_p, min_keep);
+    (cuts, top_n_sigma, xtc, temperature, order).prop_map(|(cuts, top_n_sigma, xtc, (temperature, range), samplers)| {
+        let (top_k, top_p, min_p, typical_p, min_keep) = cuts;
+        SamplingParams {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            typical_p,
+            min_keep,
+            top_n_sigma,
+            xtc_probability: if xtc > 0.0 { 1.0 } else { 0.0 },
+            xtc_threshold: xtc,
+            dynatemp_range: range,
+            samplers,
+            ..plain()
+        }
     })
 }
 
@@ -141,9 +122,9 @@ proptest! {
     }
 
     #[test]
-    fn the_filters_keep_what_the_reference_keeps(row in any_row(), params in any_filters()) {
-        if let Some(expected) = kept_by_reference(&params, &row) {
-            prop_assert_eq!(kept(&params, &row), expected);
+    fn any_filters_in_any_order_leave_what_the_reference_leaves(row in any_row(), params in any_filters()) {
+        if let Some(expected) = left_by_reference(&params, &row) {
+            assert_same(&left(&mut Sampler::new(&params, row.len(), 0), &row), &expected, &params);
         }
     }
 
@@ -170,16 +151,26 @@ proptest! {
         bits in prop::collection::vec(any::<u32>(), 0..200),
         params in any_filters(),
         temperature in prop_oneof![Just(0.0), Just(f32::MIN_POSITIVE / 4.0), Just(100.0), 0.0..2.0_f32],
+        mirostat in 0..3_u8,
+        adaptive_target in prop_oneof![Just(-1.0), 0.0..1.0_f32],
         n_top in prop::option::of(0..300_usize),
         banned in prop::collection::vec(any::<i32>(), 0..3),
     ) {
         let row: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
-        let params = SamplingParams { temperature, repeat_penalty: 1.5, repeat_last_n: -1, ..params };
+        let mut samplers = params.samplers.clone();
+        samplers.extend([SamplerStage::AdaptiveP].iter().filter(|_| adaptive_target > 0.5));
+        let (repeat_penalty, repeat_last_n, dry_multiplier, dry_allowed_length) = (1.5, -1, 3.0, 0);
+        let penalties = SamplingParams { repeat_penalty, repeat_last_n, dry_multiplier, dry_allowed_length, ..params };
+        let params = SamplingParams { temperature, mirostat, adaptive_target, samplers, ..penalties };
         let mut sampler = Sampler::new(&params, row.len(), 3);
-        sampler.accept(-1);
-        sampler.accept(5);
-        if let Ok(sampled) = sampler.sample(&row, &banned, n_top) {
-            prop_assert!(row[sampled.token as usize] > NEG_INF);
+        for token in [-1, 5, 6, 5, 6] {
+            sampler.accept(token);
+        }
+        for _ in 0..3 {
+            if let Ok(sampled) = sampler.sample(&row, &banned, n_top) {
+                prop_assert!(row[sampled.token as usize] > NEG_INF);
+                sampler.accept(sampled.token);
+            }
         }
     }
 }
@@ -187,31 +178,36 @@ proptest! {
 /// Draws from `logits` many times and compares the counts with the exact probabilities.
 fn assert_draws_follow_the_distribution(params: &SamplingParams, logits: &[f32], seed: u64) {
     const N_DRAWS: usize = 40_000;
-    let ids = kept_by_reference(params, logits).expect("a row without close calls");
-    let tokens: Vec<(TokenId, f64)> = ids.iter().map(|id| (*id, f64::from(logits[*id as usize]))).collect();
-    let expected = probabilities(&tokens, f64::from(params.temperature));
-
+    let expected = left_by_reference(params, logits).expect("a row without close calls");
     let mut counts = vec![0_u32; logits.len()];
     let mut sampler = Sampler::new(params, logits.len(), seed);
     for _ in 0..N_DRAWS {
         counts[sampler.sample(logits, &[], None).expect("has candidates").token as usize] += 1;
     }
-    let drawn: u32 = ids.iter().map(|id| counts[*id as usize]).sum();
+    let drawn: u32 = expected.iter().map(|token| counts[token.0 as usize]).sum();
     assert_eq!(drawn as usize, N_DRAWS, "a token was drawn that the filters drop");
 
-    // Pearson's statistic; cells expecting fewer than 5 draws are merged into one.
+    let cells = expected.iter().map(|token| (token.1 * N_DRAWS as f64, f64::from(counts[token.0 as usize])));
+    assert_chi_square(cells, |mean, count| (count - mean).powi(2) / mean, params);
+}
+
+/// Pearson's statistic over cells with a first number of 5 or more, the others merged into one.
+fn assert_chi_square(
+    cells: impl Iterator<Item = (f64, f64)>,
+    term: impl Fn(f64, f64) -> f64,
+    what: &dyn std::fmt::Debug,
+) {
     let (mut chi2, mut n_cells, mut rest) = (0.0, 0, (0.0, 0.0));
-    for (token, p) in tokens.iter().zip(&expected) {
-        let (mean, count) = (p * N_DRAWS as f64, f64::from(counts[token.0 as usize]));
+    for (mean, count) in cells {
         if mean < 5.0 {
             rest = (rest.0 + mean, rest.1 + count);
         } else {
-            chi2 += (count - mean).powi(2) / mean;
+            chi2 += term(mean, count);
             n_cells += 1;
         }
     }
     if rest.0 >= 5.0 {
-        chi2 += (rest.1 - rest.0).powi(2) / rest.0;
+        chi2 += term(rest.0, rest.1);
         n_cells += 1;
     }
     let freedom = f64::from(n_cells - 1);
@@ -221,7 +217,7 @@ fn assert_draws_follow_the_distribution(params: &SamplingParams, logits: &[f32],
     // Wilson and Hilferty's approximation of the value that chance exceeds once in 100,000 tests.
     let spread = 2.0 / (9.0 * freedom);
     let limit = freedom * (1.0 - spread + 4.26 * spread.sqrt()).powi(3);
-    assert!(chi2 <= limit, "chi² {chi2:.1} with {freedom} degrees of freedom for {params:?}");
+    assert!(chi2 <= limit, "chi² {chi2:.1} with {freedom} degrees of freedom for {what:?}");
 }
 
 #[test]
@@ -236,6 +232,10 @@ fn draws_follow_the_exact_distribution_under_every_filter() {
         SamplingParams { min_p: 0.02, ..plain() },
         SamplingParams { typical_p: 0.7, ..plain() },
         SamplingParams { top_k: 90, typical_p: 0.9, temperature: 1.7, ..SamplingParams::default() },
+        SamplingParams { top_n_sigma: 1.3, ..plain() },
+        SamplingParams { xtc_probability: 1.0, xtc_threshold: 0.05, ..plain() },
+        SamplingParams { dynatemp_range: 0.8, temperature: 1.1, ..plain() },
+        SamplingParams { samplers: vec![SamplerStage::Temperature, SamplerStage::TopP], ..SamplingParams::default() },
     ];
     for (seed, params) in (0..).zip(&all) {
         for n_vocab in [3, 64, 1_000] {
@@ -303,7 +303,11 @@ fn generate(sampler: &mut Sampler, steps: std::ops::Range<u64>) -> Vec<TokenId> 
 #[test]
 fn a_resumed_sampler_goes_on_as_if_nothing_had_happened() {
     let penalised = SamplingParams { repeat_last_n: 5, presence_penalty: 8.0, ..SamplingParams::default() };
-    for params in [penalised, plain()] {
+    let [version_1, version_2] = [1, 2].map(|mirostat| SamplingParams { mirostat, mirostat_tau: 3.0, ..plain() });
+    let samplers = vec![SamplerStage::Xtc, SamplerStage::AdaptiveP];
+    let adaptive = SamplingParams { adaptive_target: 0.3, xtc_probability: 0.5, samplers, ..plain() };
+    let dry = SamplingParams { dry_multiplier: 4.0, dry_allowed_length: 0, dry_penalty_last_n: 9, ..plain() };
+    for params in [penalised, plain(), version_1, version_2, adaptive, dry] {
         let mut uninterrupted = Sampler::new(&params, 300, 42);
         let mut first = uninterrupted.clone();
         generate(&mut first, 0..20);
