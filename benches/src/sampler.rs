@@ -6,6 +6,8 @@ use minerva_engine::SamplingParams;
 use minerva_engine::sampler::Sampler;
 use minerva_llama::{ChainStage, SamplerChain};
 
+pub use crate::rows::{history, row};
+
 /// Vocabularies of small, usual and large models.
 pub const VOCABULARIES: [usize; 3] = [32_000, 128_256, 262_144];
 
@@ -35,28 +37,6 @@ pub fn cases() -> Vec<Case> {
         case("penalties", SamplingParams { repeat_penalty: 1.1, presence_penalty: 0.2, ..defaults.clone() }),
         case("dry", SamplingParams { dry_multiplier: 0.8, dry_penalty_last_n: 1024, ..defaults }),
     ]
-}
-
-/// Tokens that both sides have seen, so that penalties and DRY have work: a text of 64 different tokens that repeats itself.
-pub fn history() -> impl Iterator<Item = i32> {
-    (0..1024).map(|i| (i * 37) % 64 * 211)
-}
-
-/// Logits like those of a model: a likely head over a bell-shaped body.
-pub fn row(n_vocab: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut uniform = || {
-        // xorshift64*, by Vigna
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        (state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 40) as f32 / (1 << 24) as f32
-    };
-    let mut row: Vec<f32> = (0..n_vocab).map(|_| (0..4).map(|_| uniform()).sum::<f32>() * 3.0 - 12.0).collect();
-    for i in 0..50 {
-        row[(uniform() * n_vocab as f32) as usize % n_vocab] = 8.0 - 0.15 * i as f32;
-    }
-    row
 }
 
 /// Our sampler for a setting.

@@ -8,6 +8,7 @@
 mod bench;
 mod layers;
 mod package;
+mod sampler_count;
 mod serve;
 mod setup;
 mod test;
@@ -38,6 +39,8 @@ enum Task {
     BenchGpu(bench::Args),
     /// Run a recorded schedule again (`--trace-file` of the server) and compare every decision
     Replay(bench::Args),
+    /// Count the sampler's instructions and compare them with the last time's
+    SamplerCount(sampler_count::Args),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Package(args) => package::run(&args),
+        Task::SamplerCount(args) => sampler_count::run(&args),
         Task::BenchEngine(args) => return exit_code(bench::engine(&args)),
         Task::BenchServe(args) => return exit_code(bench::serve(&args)),
         Task::BenchGpu(args) => return exit_code(bench::gpu(&args)),

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use crate::setup::{self, Ready};
-use crate::{layers, workspace};
+use crate::{layers, sampler_count, workspace};
 use tally::Tally;
 
 /// Which steps to run, and when to stop.
@@ -48,6 +48,7 @@ const STEPS: &[Step] = &[
     Step { name: "tests", proves: "unit and integration tests, on the real model too", run: tests },
     Step { name: "doctests", proves: "examples in the documentation", run: doctests },
     Step { name: "doc", proves: "the documentation builds without a warning", run: doc },
+    Step { name: "counts", proves: "the sampler takes no more instructions than it did", run: counts },
     Step { name: "examples", proves: "every program under examples/ runs", run: examples::run },
     Step { name: "clients", proves: "the official openai client against the server", run: clients::run },
 ];
@@ -187,6 +188,13 @@ fn tests(_: &Ready) -> anyhow::Result<Tally> {
 
 fn doctests(_: &Ready) -> anyhow::Result<Tally> {
     tally::cargo_test(&["--doc"])
+}
+
+fn counts(_: &Ready) -> anyhow::Result<Tally> {
+    Ok(match sampler_count::compare(false)? {
+        sampler_count::Outcome::Counted(n) => Tally::passed(n),
+        sampler_count::Outcome::Skipped(reason) => Tally::skip(reason),
+    })
 }
 
 fn doc(_: &Ready) -> anyhow::Result<Tally> {
