@@ -38,6 +38,16 @@ pub(crate) struct Choice {
     n_bytes: usize,
     n_generated: u32,
     finished: bool,
+    /// The next token, where it was sampled together with other rows' (see [`Generation::rows`]).
+    sampled: Option<Result<Sampled, SampleError>>,
+}
+
+/// A choice that waits for its next token, with what sampling it needs: it can be sent to another thread.
+pub(crate) struct WaitingRow<'a> {
+    pub(crate) seq: SeqId,
+    choice: &'a mut Choice,
+    banned: &'a [TokenId],
+    n_logprobs: Option<usize>,
 }
 
 /// A request that has, or waits for, its sequences.
@@ -77,6 +87,7 @@ impl Generation {
                 n_bytes: 0,
                 n_generated: 0,
                 finished: false,
+                sampled: None,
             }
         });
         Self {
@@ -149,7 +160,14 @@ impl Generation {
         self.seqs.iter().zip(&self.choices).filter(|(_, choice)| !choice.finished).filter_map(|(&seq, _)| seq)
     }
 
-    /// Samples the next token of the choice in `seq` and sends what of its text can go out.
+    /// The choices that run in a sequence.
+    pub(crate) fn rows(&mut self) -> impl Iterator<Item = WaitingRow<'_>> {
+        let Self { seqs, choices, banned, n_logprobs, .. } = self;
+        let running = seqs.iter().zip(choices).filter(|(_, choice)| !choice.finished);
+        running.filter_map(|(&seq, choice)| Some(WaitingRow { seq: seq?, choice, banned, n_logprobs: *n_logprobs }))
+    }
+
+    /// Samples the next token of the choice in `seq`, unless its row was sampled ahead, and sends what of its text can go out.
     ///
     /// # Errors
     /// [`SampleError`] when the scores are unusable; the request cannot go on.
@@ -162,7 +180,10 @@ impl Generation {
     ) -> Result<Advance, SampleError> {
         let Some(at) = self.seqs.iter().position(|&own| own == Some(seq)) else { return Ok(Advance::Finished) };
         let choice = &mut self.choices[at];
-        let sampled = choice.sampler.sample(logits, &self.banned, self.n_logprobs)?;
+        let sampled = match choice.sampled.take() {
+            Some(sampled) => sampled?,
+            None => choice.sample(logits, &self.banned, self.n_logprobs)?,
+        };
         choice.sampler.accept(sampled.token);
         choice.n_generated += 1;
         self.first_token.get_or_insert(now);
@@ -233,7 +254,23 @@ pub(crate) enum Advance {
     NobodyListens,
 }
 
+impl WaitingRow<'_> {
+    /// Samples the token that [`Generation::advance`] will take.
+    pub(crate) fn sample_ahead(self, logits: &[f32]) {
+        self.choice.sampled = Some(self.choice.sample(logits, self.banned, self.n_logprobs));
+    }
+}
+
 impl Choice {
+    fn sample(
+        &mut self,
+        logits: &[f32],
+        banned: &[TokenId],
+        n_logprobs: Option<usize>,
+    ) -> Result<Sampled, SampleError> {
+        self.sampler.sample(logits, banned, n_logprobs)
+    }
+
     /// Takes a token's bytes and moves what can go out into `delta`. Returns which stop text was completed, if one was.
     fn take(&mut self, sampled: Sampled, tokenizer: &dyn Tokenizer, delta: &mut Delta) -> Option<usize> {
         let info = token_info(sampled, tokenizer);

@@ -27,6 +27,7 @@ mod breakers;
 mod generation;
 mod intake;
 mod parking;
+mod sampling_pool;
 mod serving;
 mod shared;
 mod worker;

@@ -11,6 +11,7 @@ use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
 use crate::parking::Parking;
+use crate::sampling_pool::{self, SamplingPool};
 use crate::scheduler::{Admission, CacheOp, Copy, Job, RequestId, Step, Terms, Traced};
 use crate::serving::Serving;
 use crate::shared::Shared;
@@ -36,6 +37,7 @@ pub(crate) struct Worker {
     /// Which request runs in each sequence.
     owners: Vec<Option<RequestId>>,
     parking: Parking,
+    pub(crate) pool: SamplingPool,
     /// When this engine began: the scheduler's clock counts from here.
     start: Instant,
     mailbox: Receiver<Command>,
@@ -54,6 +56,7 @@ impl Worker {
             generations: HashMap::new(),
             owners: vec![None; limits.n_seq_max as usize],
             parking: Parking::default(),
+            pool: SamplingPool::default(),
             start: Instant::now(),
             mailbox,
             shared,
@@ -294,8 +297,10 @@ impl Worker {
     }
 
     fn sample(&mut self, step: &Step, now: Instant) {
-        let mut outputs = step.outputs.iter().peekable();
-        while let Some(output) = outputs.next() {
+        // The first output of each sequence, and copies of it. What was guessed to follow is in the rows behind.
+        let mut rows = Vec::with_capacity(step.outputs.len());
+        for outputs in step.outputs.chunk_by(|a, b| a.seq == b.seq) {
+            let output = outputs[0];
             // The prompt of a request with several choices was computed once: the others continue from a copy. It is made
             // before anything is sampled, because the first choice may end here and give its sequence back.
             let n_prompt = step.rows[output.row].pos + 1;
@@ -307,15 +312,15 @@ impl Worker {
                 }
                 is_there
             });
-            let was_guessed = self.sample_row(output.row, output.seq, now);
-            for fork in copies {
-                self.sample_row(output.row, fork, now);
+            rows.push((output.row, output.seq));
+            rows.extend(copies.into_iter().map(|fork| (output.row, fork)));
+        }
+        self.sample_ahead(&rows);
+        for (mut row, seq) in rows {
+            while self.sample_row(row, seq, now) {
+                row += 1;
             }
-            // After a wrong guess the scores behind it are for another text.
-            while !was_guessed && outputs.next_if(|next| next.seq == output.seq).is_some() {}
-            if outputs.peek().is_none_or(|next| next.seq != output.seq) {
-                self.settle(output.seq);
-            }
+            self.settle(seq);
         }
         let (n_guessed, n_right) = self.scheduler.guesses();
         self.shared.count_guesses(n_guessed, n_right);
@@ -329,7 +334,22 @@ impl Worker {
         }
     }
 
-    /// Samples one token. `true` when it was guessed, so that the next output of the sequence has the scores after it.
+    /// Samples the rows of a large step on several threads; what follows from their tokens happens here, in order.
+    fn sample_ahead(&mut self, rows: &[(usize, SeqId)]) {
+        let n_helpers = self.pool.n_helpers(rows.len(), self.n_vocab);
+        if n_helpers == 0 {
+            return;
+        }
+        let row_of: HashMap<SeqId, usize> = rows.iter().map(|&(row, seq)| (seq, row)).collect();
+        let waiting = self.generations.values_mut().flat_map(Generation::rows);
+        let work = waiting.filter_map(|choice| {
+            let logits = self.backend.logits(*row_of.get(&choice.seq)?)?;
+            Some((choice, logits))
+        });
+        sampling_pool::for_each(work.collect(), n_helpers, |(choice, logits)| choice.sample_ahead(logits));
+    }
+
+    /// Samples one token. `true` when it was guessed, so that the next row has the scores after it.
     fn sample_row(&mut self, row: usize, seq: SeqId, now: Instant) -> bool {
         let Some(id) = self.owners[seq as usize] else { return false };
         let Some(generation) = self.generations.get_mut(&id) else { return false };

@@ -29,8 +29,13 @@ impl<'a> Row<'a> {
     /// Writes the maximum of each block to `maxima` and returns the largest.
     pub(super) fn find_maxima(self, maxima: &mut Vec<f32>) -> f32 {
         maxima.clear();
-        self.for_each_block(|_| true, |_, block| maxima.push(block_max(block)));
-        slice_max(maxima)
+        // Straight over the logits, then once more over the few blocks that are not as they stand there.
+        let (full, tail) = self.logits.as_chunks::<BLOCK>();
+        maxima.extend(full.iter().map(block_max));
+        if !tail.is_empty() {
+            maxima.push(block_max(&self.patched_block(full.len(), &[])));
+        }
+        self.refresh_maxima(self.patches, maxima)
     }
 
     /// Writes the maxima anew of the blocks that have a token of `touched`, sorted by token, and returns the largest of all.
