@@ -74,7 +74,6 @@ mod tests {
     use crate::generation::Accepted;
     use crate::request::{Request, TokenId};
     use crate::sampler::{Sampler, SamplerStage, SamplingParams};
-    use crate::scheduler::Policy;
     use crate::shared::{QueueLimits, Shared};
     use crate::sim::{self, SimConfig};
     use crate::worker::{Command, Worker};
@@ -173,7 +172,7 @@ mod tests {
             commands.send(Command::Submit(id, Box::new(accepted))).unwrap();
             streams.push((request.n, stream));
         }
-        let mut worker = Worker::new(loaded, Policy::default(), mailbox, shared);
+        let mut worker = Worker::new(loaded, &SimConfig::default().serving(), mailbox, shared);
         worker.pool = pool;
         let worker = thread::spawn(move || worker.run());
         let tokens = |(n, mut stream): (u32, tokio::sync::mpsc::UnboundedReceiver<Event>)| {
