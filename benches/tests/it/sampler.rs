@@ -10,12 +10,12 @@ fn sampling_32_rows_of_128k_tokens_takes_at_most_a_fifth_of_llama_cpps_time() {
     let rows: Vec<Vec<f32>> = (0..32).map(|seed| row(128_256, seed)).collect();
     let case = &cases()[0];
     let ratio = || {
-        let (ours, theirs) = quickest(&case.params, &rows, 12);
+        let (ours, theirs) = quickest(&case.params, &rows, 60);
         let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
         println!("{}: {ours:?} of ours, {theirs:?} of llama.cpp's, {ratio:.3}", case.name);
         ratio
     };
     // A machine that is busy all the while gets more chances; code that is too slow fails all of them.
-    let best = (0..3).map(|_| ratio()).find(|ratio| *ratio <= LIMIT);
-    assert!(best.is_some(), "more than {LIMIT} of llama.cpp's time in each of three tries");
+    let best = (0..5).map(|_| ratio()).find(|ratio| *ratio <= LIMIT);
+    assert!(best.is_some(), "more than {LIMIT} of llama.cpp's time in each of five tries");
 }

@@ -105,7 +105,7 @@ impl Intake {
         };
         let namespace = self.serving.namespace(&request);
         let id = engine.next_id();
-        let accepted = Accepted { prompt, request, max_tokens, seed, breakers, namespace, submitted, events };
+        let accepted = Accepted { prompt, request, max_tokens, seed, namespace, breakers, submitted, events };
         engine.send(Command::Submit(id, Box::new(accepted)));
         Ok(EventStream::new(id, n_prompt as u32, receiver, engine))
     }

@@ -2,13 +2,13 @@
 //!
 //! Helpers are started for the step and end with it. A pool whose threads wait for work would need memory that outlives the step, which
 //! borrowed logits and samplers do not; and a thread that does not exist takes no core from llama.cpp's compute threads. Starting one
-//! takes about as long as sampling a row of 128k logits, hence [`WORTH_A_HELPER`].
+//! takes as long as sampling a few rows of 128k logits, hence [`WORTH_A_HELPER`].
 
 use std::num::NonZero;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Logits for which one more thread pays: sampling so many takes about ten times as long as starting it (docs/benchmarks.md).
+/// Logits for which one more thread pays: on a busy machine eight rows of 128k take as long with it as without (docs/benchmarks.md).
 const WORTH_A_HELPER: usize = 1 << 20;
 
 /// The most threads beside the engine thread; memory bandwidth does not feed more.

@@ -40,7 +40,7 @@ pub use self::params::{BAN_BIAS, InvalidParam, MAX_REPEAT_LAST_N, SamplingParams
 use self::penalties::{Penalties, bias, in_vocab};
 use self::plan::{Step, plan};
 use self::rng::SplitMix64;
-use self::row::Patch;
+use self::row::{Patch, Row};
 pub use self::stage::SamplerStage;
 use crate::request::TokenId;
 
@@ -199,7 +199,7 @@ impl Sampler {
     }
 
     fn choose(&mut self, logits: &[f32], banned: &[TokenId]) -> Result<TokenId, SampleError> {
-        let mut field = Field::new(logits, &mut self.scratch);
+        let mut field = Field::new(Row::new(logits), &mut self.scratch);
         field.adjust(self.bias.iter().copied(), |logit, bias| logit + bias);
         field.ban(banned);
         field.check()?;
@@ -242,7 +242,7 @@ impl Scratch {
     /// The logarithm of the sum of `exp(logit)` over the model's own row, and its best `n_top` tokens. Right after [`Field::new`] for
     /// the same row: its block maxima serve again.
     fn logprobs(&mut self, logits: &[f32], n_top: usize) -> Result<(f32, Vec<(TokenId, f32)>), SampleError> {
-        let mut field = Field::again(logits, self);
+        let mut field = Field::again(Row::new(logits), self);
         field.check()?;
         let log_total = field.log_total();
         if n_top == 0 {

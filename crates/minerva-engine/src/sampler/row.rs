@@ -22,31 +22,47 @@ pub(super) struct Row<'a> {
 }
 
 impl<'a> Row<'a> {
-    pub(super) fn new(logits: &'a [f32], patches: &'a [Patch]) -> Self {
-        Self { logits, patches }
+    pub(super) fn new(logits: &'a [f32]) -> Self {
+        Self { logits, patches: &[] }
+    }
+
+    /// The row with these patches instead of its own.
+    pub(super) fn patched<'b>(self, patches: &'b [Patch]) -> Row<'b>
+    where
+        'a: 'b,
+    {
+        Row { patches, ..self }
+    }
+
+    pub(super) fn len(self) -> usize {
+        self.logits.len()
+    }
+
+    /// The model's own logit of a token.
+    pub(super) fn unpatched(self, token: usize) -> f32 {
+        self.logits[token]
     }
 
     /// Writes the maximum of each block to `maxima` and returns the largest.
     pub(super) fn find_maxima(self, maxima: &mut Vec<f32>) -> f32 {
-        maxima.clear();
-        // Straight over the logits, then once more over the few blocks that are not as they stand there.
-        let (full, tail) = self.logits.as_chunks::<BLOCK>();
-        maxima.extend(full.iter().map(block_max));
-        if !tail.is_empty() {
-            maxima.push(block_max(&self.patched_block(full.len(), &[])));
-        }
-        self.refresh_maxima(self.patches, maxima)
+        maxima.resize(self.logits.len().div_ceil(BLOCK), 0.0);
+        let mut slots = maxima.iter_mut();
+        self.for_each_block(|block| {
+            if let Some(slot) = slots.next() {
+                *slot = block_max(block);
+            }
+        });
+        slice_max(maxima)
     }
 
     /// Writes the maxima anew of the blocks that have a token of `touched`, sorted by token, and returns the largest of all.
     pub(super) fn refresh_maxima(self, mut touched: &[Patch], maxima: &mut [f32]) -> f32 {
+        let mut copy = [0.0; BLOCK];
         while let Some(first) = touched.first() {
             let i = first.token / BLOCK;
             let n_here = touched.iter().take_while(|patch| patch.token / BLOCK == i).count();
             touched = &touched[n_here..];
-            let start = self.patches.partition_point(|patch| patch.token / BLOCK < i);
-            let here = self.patches[start..].iter().take_while(|patch| patch.token / BLOCK == i).count();
-            maxima[i] = block_max(&self.patched_block(i, &self.patches[start..start + here]));
+            maxima[i] = block_max(self.block(i, self.patches_in(i), &mut copy));
         }
         slice_max(maxima)
     }
@@ -54,35 +70,30 @@ impl<'a> Row<'a> {
     /// Number, mean and spread of the logits that are not `-inf`. The distances are from `top`, the largest.
     pub(super) fn moments(self, top: f32) -> Moments {
         let mut moments = Moments::default();
-        self.for_each_block(|_| true, |_, block| moments.add(block_moments(block, top)));
+        self.for_each_block(|block| moments.add(block_moments(block, top)));
         moments
     }
 
     /// The first token whose logit is `top`, the largest of `maxima`.
     pub(super) fn first_at(self, top: f32, maxima: &[f32]) -> Option<TokenId> {
-        let best_block = maxima.iter().position(|max| *max >= top)?;
-        let mut found = None;
-        self.for_each_block(
-            |i| i == best_block,
-            |start, block| found = block.iter().position(|x| *x >= top).map(|i| (start + i) as TokenId),
-        );
-        found
+        let i = maxima.iter().position(|max| *max >= top)?;
+        let mut copy = [0.0; BLOCK];
+        let at = self.block(i, self.patches_in(i), &mut copy).iter().position(|x| *x >= top)?;
+        Some((i * BLOCK + at) as TokenId)
     }
 
     /// Collects the tokens with a logit of at least `bound`, by ascending id; those at `-inf` never.
     pub(super) fn gather(self, bound: f32, maxima: &[f32], candidates: &mut Vec<Candidate>) {
         candidates.clear();
         let bound = bound.max(f32::MIN);
-        self.for_each_block(
-            |i| maxima[i] >= bound,
-            |start, block| {
-                for (i, &logit) in block.iter().enumerate() {
-                    if logit >= bound {
-                        candidates.push(Candidate { token: (start + i) as TokenId, logit });
-                    }
+        let mut copy = [0.0; BLOCK];
+        for (i, _) in maxima.iter().enumerate().filter(|(_, max)| **max >= bound) {
+            for (at, &logit) in self.block(i, self.patches_in(i), &mut copy).iter().enumerate() {
+                if logit >= bound {
+                    candidates.push(Candidate { token: (i * BLOCK + at) as TokenId, logit });
                 }
-            },
-        );
+            }
+        }
     }
 
     /// The sum of `exp((logit - top) * scale)` over the row; each block's share goes to `shares`.
@@ -91,14 +102,11 @@ impl<'a> Row<'a> {
     pub(super) fn weigh(self, top: f32, scale: f32, shares: &mut Vec<f32>) -> f64 {
         shares.clear();
         let mut total = 0.0;
-        self.for_each_block(
-            |_| true,
-            |_, block| {
-                let share = block_weight(block, top, scale);
-                shares.push(share);
-                total += f64::from(share);
-            },
-        );
+        self.for_each_block(|block| {
+            let share = block_weight(block, top, scale);
+            shares.push(share);
+            total += f64::from(share);
+        });
         total
     }
 
@@ -114,52 +122,64 @@ impl<'a> Row<'a> {
                 break;
             }
         }
-        let (drawn_block, mut passed) = last?;
+        let (i, mut passed) = last?;
+        let mut copy = [0.0; BLOCK];
         let mut drawn = None;
-        self.for_each_block(
-            |i| i == drawn_block,
-            |start, block| {
-                for (i, &logit) in block.iter().enumerate() {
-                    let weight = weight(logit, top, scale);
-                    if weight > 0.0 && passed <= target {
-                        drawn = Some((start + i) as TokenId);
-                        passed += f64::from(weight);
-                    }
-                }
-            },
-        );
+        for (at, &logit) in self.block(i, self.patches_in(i), &mut copy).iter().enumerate() {
+            let weight = weight(logit, top, scale);
+            if weight > 0.0 && passed <= target {
+                drawn = Some((i * BLOCK + at) as TokenId);
+                passed += f64::from(weight);
+            }
+        }
         drawn
     }
 
-    /// Calls `visit` with the first token and the patched logits of each block that is `wanted`, in order. The last block
-    /// is filled up with `-inf`. Only blocks with a patch in them, and the last, are copied.
-    fn for_each_block(self, wanted: impl Fn(usize) -> bool, mut visit: impl FnMut(usize, &[f32; BLOCK])) {
-        let full = self.logits.as_chunks::<BLOCK>().0;
+    /// Calls `visit` with the patched logits of each block, in order.
+    fn for_each_block(self, mut visit: impl FnMut(&[f32; BLOCK])) {
+        let (full, tail) = self.logits.as_chunks::<BLOCK>();
+        let mut copy = [0.0; BLOCK];
+        let mut n_seen = 0;
+        // From patch to patch, straight over what lies between.
         let mut patches = self.patches;
-        for i in 0..self.logits.len().div_ceil(BLOCK) {
-            let start = i * BLOCK;
-            let n_here = patches.iter().take_while(|patch| patch.token < start + BLOCK).count();
-            let (here, later) = patches.split_at(n_here);
-            patches = later;
-            if !wanted(i) {
-                continue;
-            }
-            match full.get(i) {
-                Some(block) if here.is_empty() => visit(start, block),
-                _ => visit(start, &self.patched_block(i, here)),
-            }
+        while let Some(first) = patches.first() {
+            let i = first.token / BLOCK;
+            full[n_seen..i].iter().for_each(&mut visit);
+            let (here, later) = patches.split_at(patches.partition_point(|patch| patch.token / BLOCK == i));
+            visit(self.block(i, here, &mut copy));
+            (patches, n_seen) = (later, i + 1);
+        }
+        full[n_seen.min(full.len())..].iter().for_each(&mut visit);
+        if !tail.is_empty() && n_seen <= full.len() {
+            visit(self.block(full.len(), &[], &mut copy));
         }
     }
 
-    /// Block `i` with its patches, `here`, and filled up with `-inf`.
-    fn patched_block(self, i: usize, here: &[Patch]) -> [f32; BLOCK] {
-        let start = i * BLOCK;
-        let source = &self.logits[start..self.logits.len().min(start + BLOCK)];
-        let mut copy = [f32::NEG_INFINITY; BLOCK];
-        copy[..source.len()].copy_from_slice(source);
-        for patch in here {
-            copy[patch.token - start] = patch.logit;
+    /// The patches of block `i`.
+    fn patches_in(self, i: usize) -> &'a [Patch] {
+        let start = self.patches.partition_point(|patch| patch.token / BLOCK < i);
+        let rest = &self.patches[start..];
+        &rest[..rest.partition_point(|patch| patch.token / BLOCK == i)]
+    }
+
+    /// Block `i` with its patches, `here`; the last block is filled up with `-inf`. Only blocks that are not as they stand in the row
+    /// are written to `copy`.
+    fn block<'b>(self, i: usize, here: &[Patch], copy: &'b mut [f32; BLOCK]) -> &'b [f32; BLOCK]
+    where
+        'a: 'b,
+    {
+        match self.logits.as_chunks().0.get(i) {
+            Some(block) if here.is_empty() => block,
+            _ => {
+                let start = i * BLOCK;
+                let source = &self.logits[start..self.logits.len().min(start + BLOCK)];
+                *copy = [f32::NEG_INFINITY; BLOCK];
+                copy[..source.len()].copy_from_slice(source);
+                for patch in here {
+                    copy[patch.token - start] = patch.logit;
+                }
+                copy
+            }
         }
-        copy
     }
 }

@@ -74,24 +74,41 @@ pub(crate) fn params(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
     Ok(params)
 }
 
-/// OpenAI's map from token id (as text) to bias.
+/// OpenAI's map from token id (as text) to bias, or llama-server's list of pairs; `false` bans.
 fn logit_bias(fields: &mut Fields) -> Result<Vec<(TokenId, f32)>, ApiError> {
-    let map = match fields.take("logit_bias") {
-        None => return Ok(Vec::new()),
-        Some(Json::Object(map)) => map,
-        Some(other) => return Err(ApiError::wrong_type("logit_bias", "an object from token ids to numbers", &other)),
-    };
-    let entry = |(token, bias): (&String, &Json)| {
-        let id = token.parse::<TokenId>().ok().filter(|id| *id >= 0);
-        let id = id.ok_or_else(|| ApiError::wrong_value("logit_bias", "an object whose keys are token ids"))?;
-        let bias = float(bias, "logit_bias")?;
-        if (-100.0..=100.0).contains(&bias) {
-            Ok((id, bias))
-        } else {
-            Err(ApiError::wrong_value("logit_bias", "an object whose values are between -100 and 100"))
+    const WANTED: &str = "an object from token ids to numbers, or an array of pairs of them";
+    let ids = || ApiError::wrong_value("logit_bias", "an object whose keys are token ids");
+    let wrong = |json: &Json| ApiError::wrong_type("logit_bias", WANTED, json);
+    match fields.take("logit_bias") {
+        None => Ok(Vec::new()),
+        Some(Json::Object(map)) => map
+            .iter()
+            .map(|(token, json)| Ok((token.parse().ok().and_then(id).ok_or_else(ids)?, bias(json)?)))
+            .collect(),
+        Some(Json::Array(items)) => {
+            let pair = |item: &Json| match item.as_array().map(Vec::as_slice) {
+                Some([token, json]) => Ok((token.as_i64().and_then(id).ok_or_else(ids)?, bias(json)?)),
+                _ => Err(wrong(item)),
+            };
+            items.iter().map(pair).collect()
         }
-    };
-    map.iter().map(entry).collect()
+        Some(other) => Err(wrong(&other)),
+    }
+}
+
+fn id(token: i64) -> Option<TokenId> {
+    TokenId::try_from(token).ok().filter(|id| *id >= 0)
+}
+
+fn bias(json: &Json) -> Result<f32, ApiError> {
+    if json == &Json::Bool(false) {
+        return Ok(f32::NEG_INFINITY);
+    }
+    let bias = float(json, "logit_bias")?;
+    if (-100.0..=100.0).contains(&bias) {
+        return Ok(bias);
+    }
+    Err(ApiError::wrong_value("logit_bias", "an object whose values are between -100 and 100"))
 }
 
 fn breakers(fields: &mut Fields) -> Result<Option<Vec<String>>, ApiError> {

@@ -121,3 +121,45 @@ async fn text_offsets_count_characters() {
     }
     assert_eq!(logprobs["top_logprobs"], Json::Null);
 }
+
+#[tokio::test]
+async fn the_fields_of_the_sampler_do_what_they_say() {
+    let server = start().await;
+    let text = async |fields: Json| {
+        let mut request = json!({"prompt": "hello", "max_tokens": 30, "seed": 1, "top_k": 0, "top_p": 1, "min_p": 0});
+        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let reply = server.complete(&request).await;
+        reply.json()["choices"][0]["text"].as_str().expect("a text").to_owned()
+    };
+    let likeliest = text(json!({"temperature": 0})).await;
+    // The simulator's likeliest token is 20 nats above all others; a temperature of 100 makes them all alike.
+    for (fields, is_likeliest) in [
+        (json!({}), false),
+        (json!({"top_k": 1}), true),
+        (json!({"top_k": 1, "samplers": ["temperature"]}), false),
+        (json!({"top_k": 1, "samplers": "t"}), false),
+        (json!({"top_k": 1, "samplers": ["Temp", "top-k"]}), true),
+        (json!({"top_k": 1, "samplers": "tk"}), true),
+        (json!({"temperature": 0, "logit_bias": [[104, 100]]}), false),
+        (json!({"temperature": 0, "logit_bias": {"97": false}}), false), // an a comes soon
+        (json!({"samplers": []}), true),                                 // no temperature either
+        (json!({"top_n_sigma": 1}), true),
+        (json!({"min_p": 0.5}), true),
+        (json!({"min_p": 0.5, "min_keep": 200}), false),
+        (json!({"typical_p": 0.5}), true),
+        (json!({"mirostat": 2, "mirostat_tau": 0}), true),
+        (json!({"mirostat": 1, "mirostat_tau": 100}), false),
+        (json!({"temperature": 0, "dynatemp_range": 0}), true),
+        (json!({"temperature": 0, "xtc_probability": 1, "xtc_threshold": 0}), false),
+        (json!({"temperature": 0, "xtc_probability": 1, "xtc_threshold": 0.6}), true),
+        (json!({"temperature": 0, "dry_multiplier": 30, "dry_allowed_length": 0}), false),
+        (json!({"temperature": 0, "dry_multiplier": 30, "dry_allowed_length": 0, "dry_penalty_last_n": 0}), true),
+        (json!({"temperature": 0, "dry_multiplier": 30, "dry_allowed_length": 40}), true),
+        (json!({"temperature": 1, "samplers": "ta", "adaptive_target": 0}), false),
+        (json!({"temperature": 1, "samplers": "ta", "adaptive_target": -1}), true),
+    ] {
+        let mut request = json!({"temperature": 100});
+        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_eq!(text(request).await == likeliest, is_likeliest, "{fields}");
+    }
+}
