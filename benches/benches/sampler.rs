@@ -1,6 +1,6 @@
 //! Time per token of our sampler and of llama.cpp's chain, for vocabularies of 32k, 128k and 256k tokens.
 //!
-//! `cargo bench -p minerva-benches --bench sampler`, with a part of a name behind `--` to run less. docs/benchmarks.md has results.
+//! `cargo bench --profile release -p minerva-benches --bench sampler`, with a part of a name behind `--` to run less. docs/benchmarks.md has results.
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use minerva_benches::sampler::{VOCABULARIES, cases, ours, row, theirs};
