@@ -1,6 +1,7 @@
 //! The engine through its public face: over the simulator, whose text depends on every token of a sequence, and over the
 //! real model in [`real_model`]. `support` reads streams and checks on the way that they keep their order.
 
+mod canary;
 mod contract;
 mod dropping;
 mod ending;
@@ -8,6 +9,7 @@ mod fairness;
 mod faults;
 mod isolation;
 mod output;
+mod overload;
 mod own_process;
 mod real_model;
 mod refusals;
