@@ -94,7 +94,7 @@ pub struct Args {
     /// repeated. benches/README.md has the metrics; throughput if none is named
     #[arg(long, value_name = "GATE")]
     pub gate: Vec<Gate>,
-    /// The gates that Minerva promises, of those workloads that are run
+    /// The gates that Minerva promises, of those workloads that are run, and against a peer if there is one
     #[arg(long)]
     pub promises: bool,
 

@@ -25,8 +25,8 @@ const FLOOD_HEAD_START: Duration = Duration::from_secs(2);
 /// Answers that are asked for again after an overload, times the scale, within these bounds.
 const REPLAYS: (f64, f64, f64) = (8.0, 8.0, 64.0);
 
-/// An overload's requests may wait for so much longer than others: they queue behind all the others.
-const OVERLOAD_PATIENCE: u32 = 6;
+/// Requests of an overload or a flood may wait for so much longer: they queue behind all the others.
+const QUEUE_PATIENCE: u32 = 6;
 
 /// What the clients of a round share.
 struct Shared {
@@ -49,7 +49,10 @@ pub(super) async fn run(client: &Client, round: Round, timeout: Duration) -> any
         client: client.clone(),
         asks,
         clock: Instant::now(),
-        timeout: if workload == Workload::Overload { timeout * OVERLOAD_PATIENCE } else { timeout },
+        timeout: match workload {
+            Workload::Overload | Workload::Fairness => timeout * QUEUE_PATIENCE,
+            _ => timeout,
+        },
         next: AtomicUsize::new(0),
         answers: Mutex::new(Vec::new()),
     });

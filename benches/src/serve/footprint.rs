@@ -22,6 +22,8 @@ pub(super) struct Footprint {
     pub(super) threads: Option<u64>,
     pub(super) open_files: Option<usize>,
     pub(super) resident_mib: Option<f64>,
+    /// Of `resident_mib`, what was copied out of the KV cache, if the server tells: up to a limit it may grow.
+    pub(super) host_cache_mib: Option<f64>,
     /// From `/metrics`, where the server has it.
     pub(super) gauges: BTreeMap<String, f64>,
 }
@@ -29,7 +31,10 @@ pub(super) struct Footprint {
 impl Footprint {
     /// Reads what the system tells about process `pid`.
     pub(super) fn of(pid: Option<u32>, metrics: &str) -> Self {
-        let mut footprint = Self { gauges: gauges(metrics), ..Self::default() };
+        let host_cache = samples(metrics).find(|(name, _)| name.ends_with("host_cache_bytes"));
+        let host_cache_mib =
+            host_cache.and_then(|(_, value)| value.parse::<f64>().ok()).map(|bytes| bytes / 1_048_576.0);
+        let mut footprint = Self { gauges: gauges(metrics), host_cache_mib, ..Self::default() };
         let Some(pid) = pid else { return footprint };
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         footprint.threads = number(&status, "Threads:");
@@ -61,11 +66,15 @@ fn number(status: &str, key: &str) -> Option<u64> {
 
 /// The gauges of [`GAUGES`] in Prometheus' text format.
 fn gauges(metrics: &str) -> BTreeMap<String, f64> {
-    let samples = metrics.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
-    samples
+    samples(metrics)
         .filter(|(name, _)| GAUGES.iter().any(|gauge| name.ends_with(gauge)))
         .filter_map(|(name, value)| Some((name.to_owned(), value.parse().ok()?)))
         .collect()
+}
+
+/// Names and values of Prometheus' text format.
+fn samples(metrics: &str) -> impl Iterator<Item = (&str, &str)> {
+    metrics.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '))
 }
 
 impl fmt::Display for Footprint {
@@ -74,6 +83,7 @@ impl fmt::Display for Footprint {
         parts.extend(self.threads.map(|n| format!("{n} threads")));
         parts.extend(self.open_files.map(|n| format!("{n} open files")));
         parts.extend(self.resident_mib.map(|mib| format!("{mib:.0} MiB resident")));
+        parts.extend(self.host_cache_mib.map(|mib| format!("{mib:.0} MiB of it host cache")));
         parts.extend(self.gauges.iter().map(|(name, value)| format!("{name} {value}")));
         f.write_str(&parts.join(", "))
     }

@@ -116,7 +116,10 @@ impl Round {
                 let shape = plain(clients, clients, max_tokens);
                 Shape { requests: None, window, prompt_words: words, has_leavers: true, ..shape }
             }
-            Workload::Fairness => plain(200, 200, 64),
+            Workload::Fairness => {
+                let flood = ((200.0 * scale).round() as usize).max(16);
+                plain(flood, flood, 64)
+            }
             Workload::Canary => Shape { prompt_words: 8, system_words: 40, has_leavers: true, ..plain(8, 400, 24) },
         }
     }
