@@ -65,7 +65,9 @@ fn turn(scheduler: &mut Scheduler, step: &mut Step) -> usize {
 /// `n` requests that decode.
 fn decoding(n: u32) -> (Scheduler, Step) {
     let (mut scheduler, mut step) = (scheduler(n), Step::default());
-    (0..u64::from(n)).for_each(|id| scheduler.enqueue(job(id), 0));
+    for id in 0..u64::from(n) {
+        scheduler.enqueue(job(id), 0);
+    }
     while turn(&mut scheduler, &mut step) != n as usize {}
     (scheduler, step)
 }
@@ -79,9 +81,9 @@ fn turns(c: &mut Criterion) {
             bencher.iter_batched(
                 || decoding(n),
                 |(mut scheduler, mut step)| {
-                    (0..TURNS).for_each(|_| {
+                    for _ in 0..TURNS {
                         black_box(turn(&mut scheduler, &mut step));
-                    });
+                    }
                     scheduler
                 },
                 BatchSize::LargeInput,
@@ -99,14 +101,18 @@ fn sharing(c: &mut Criterion) {
     let finished = || {
         let (mut scheduler, step) = decoding(32);
         let seqs: Vec<_> = scheduler.running().collect();
-        seqs.into_iter().for_each(|seq| scheduler.release(seq));
+        for seq in seqs {
+            scheduler.release(seq);
+        }
         (scheduler, step)
     };
     group.bench_function("32 admissions with a known beginning", |bencher| {
         bencher.iter_batched(
             finished,
             |(mut scheduler, mut step)| {
-                (0..32).for_each(|id| scheduler.enqueue(job(id), 0));
+                for id in 0..32 {
+                    scheduler.enqueue(job(id), 0);
+                }
                 black_box(turn(&mut scheduler, &mut step));
                 scheduler
             },

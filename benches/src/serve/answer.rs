@@ -170,7 +170,7 @@ impl Figures {
         let ttft_p50_ms = stats::percentile(&ttft, 50.0);
         let idle_ttft_ms = stats::median(of_role(Role::Idle).filter_map(Answer::ttft_ms));
         Self {
-            throughput: (counted_ms > 0.0).then(|| tokens_inside / counted_ms * 1e3),
+            throughput: (counted_ms > 0.0).then(|| tokens_inside.max(0.0) / counted_ms * 1e3),
             ttft_p50_ms,
             ttft_p99_ms: stats::percentile(&ttft, 99.0),
             gap_p50_ms: stats::percentile(&gap, 50.0),
@@ -188,7 +188,10 @@ impl Figures {
             pieces: count_pieces(sample),
             others_cores: sample.others_cores,
             load_cpu_percent: sample.load_cpu_ms.map(|cpu| cpu / sample.wall_ms * 100.0),
-            twin_throughput: sample.twin_ms.filter(|ms| *ms > 0.0).map(|ms| twin_tokens / ms * 1e3),
+            twin_throughput: sample
+                .twin_ms
+                .filter(|ms| *ms > 0.0 && twin_tokens > 0.0)
+                .map(|ms| twin_tokens / ms * 1e3),
             idle_ttft_ms,
             fairness: idle_ttft_ms.and_then(|idle| {
                 let steps = of_role(Role::Flood).flat_map(|a| a.pieces_ms.windows(2)).map(|pair| pair[1] - pair[0]);
