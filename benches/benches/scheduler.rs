@@ -44,6 +44,7 @@ fn job(id: u64) -> Job {
         n: 1,
         max_tokens: 500,
         reuse: true,
+        guess: false,
         terms: Terms { client: id % 4, ..Terms::default() },
     }
 }
