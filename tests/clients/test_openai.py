@@ -1,5 +1,6 @@
 """The official `openai` client against a running server: what its users rely on."""
 
+import json
 import math
 
 import openai
@@ -127,6 +128,21 @@ def test_completions_continue_text_and_tokens(client):
     assert tokens.usage.prompt_tokens == 2
 
 
+def test_an_answer_follows_its_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer", "minimum": 0, "maximum": 10**9}},
+        "required": ["city", "population"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}
+    (choice,) = chat(client, response_format=form, max_tokens=100).choices
+    answer = json.loads(choice.message.content)
+    assert choice.finish_reason == "stop" and sorted(answer) == ["city", "population"] and isinstance(answer["population"], int)
+    streamed = chat(client, response_format={"type": "json_object"}, max_tokens=60, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed).startswith("{")
+
+
 def test_an_unknown_model_is_a_not_found_error(client):
     with pytest.raises(openai.NotFoundError) as error:
         chat(client, model="gpt-4o")
@@ -141,7 +157,7 @@ def test_an_unknown_model_is_a_not_found_error(client):
         ({"temperature": -1}, "temperature"),
         ({"stop": 5}, "stop"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, "messages[0].content[0].type"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ],
 )

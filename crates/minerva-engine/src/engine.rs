@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::backend::{Loaded, Tokenizer};
 use crate::config::EngineConfig;
+use crate::constrain::Compilers;
 use crate::error::{LoadError, RequestError};
 use crate::intake::{Intake, Task};
 use crate::llama;
@@ -143,7 +144,8 @@ impl Engine {
         let n_ctx = info.context_length_tokens as usize;
         let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
         let breakers = Arc::default();
-        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving, breakers };
+        let compilers = Compilers::start(Arc::clone(&tokenizer), limits.n_vocab)?;
+        let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving, breakers, compilers };
         let intake = thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
         let inner = Inner {

@@ -1,5 +1,6 @@
 //! Why a model did not load and why a request was refused.
 
+use crate::constrain::ConstraintError;
 use crate::sampler::InvalidParam;
 
 /// Why a request was refused. Nothing of it was computed.
@@ -9,6 +10,9 @@ pub enum RequestError {
     /// A parameter is outside its range.
     #[error(transparent)]
     InvalidParam(#[from] InvalidParam),
+    /// The answer cannot be constrained in this way.
+    #[error("the constraint cannot be used: {0}")]
+    Constraint(#[from] ConstraintError),
     /// The prompt leaves no room for an answer in the context of one request.
     #[error("the prompt has {n_prompt_tokens} tokens, the context of one request is {n_ctx} tokens")]
     ContextLength {
@@ -23,7 +27,7 @@ pub enum RequestError {
     /// As many requests, or as many prompt tokens, wait as may.
     #[error("the queue is full: {queued} {unit} wait, the limit is {limit}")]
     QueueFull {
-        /// What was counted: `requests` or `prompt tokens`.
+        /// What was counted: `requests`, `prompt tokens` or `constraints to compile`.
         unit: &'static str,
         /// How many wait.
         queued: usize,

@@ -112,6 +112,13 @@ pub enum GenerationError {
         /// How long it waited.
         waited_ms: u64,
     },
+    /// The grammar that constrains the answer cannot go on from here: it is too complex at this place, or the vocabulary has no
+    /// tokens for what has to follow.
+    #[error("the answer cannot follow its constraint any further: {message}")]
+    Constraint {
+        /// What went wrong.
+        message: String,
+    },
     /// The engine was shut down before the request was done.
     #[error("the engine shut down before the request was finished")]
     Shutdown,

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::backend::{SeqId, Tokenizer};
+use crate::constrain::{Allowed, MatchError, Matcher, Progress};
 use crate::decoder::TextDecoder;
 use crate::event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
 use crate::request::{Request, TokenId};
-use crate::sampler::{Breakers, SampleError, Sampled, Sampler};
+use crate::sampler::{Breakers, Sampled, Sampler};
 
 /// A request that was checked and tokenized.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub(crate) struct Accepted {
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) request: Request,
     pub(crate) max_tokens: u32,
+    /// The grammar of each choice, or none at all.
+    pub(crate) matchers: Vec<Matcher>,
     pub(crate) seed: u64,
     /// Cells are only shared within it.
     pub(crate) namespace: u64,
@@ -32,6 +35,8 @@ pub(crate) struct Accepted {
 pub(crate) struct Choice {
     index: u32,
     sampler: Sampler,
+    /// What the choice has to follow.
+    matcher: Option<Matcher>,
     decoder: TextDecoder,
     /// Tokens whose text is not out yet, each with the offset of its first byte in the choice's bytes.
     held: VecDeque<(usize, TokenInfo)>,
@@ -39,7 +44,7 @@ pub(crate) struct Choice {
     n_generated: u32,
     finished: bool,
     /// The next token, where it was sampled together with other rows' (see [`Generation::rows`]).
-    sampled: Option<Result<Sampled, SampleError>>,
+    sampled: Option<Result<Sampled, GenerationError>>,
 }
 
 /// A choice that waits for its next token, with what sampling it needs: it can be sent to another thread.
@@ -72,7 +77,8 @@ pub(crate) struct Generation {
 
 impl Generation {
     pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize) -> Self {
-        let Accepted { prompt, request, max_tokens, seed, breakers, submitted, events, .. } = accepted;
+        let Accepted { prompt, request, max_tokens, matchers, seed, breakers, submitted, events, .. } = accepted;
+        let mut matchers = matchers.into_iter();
         let choices = (0..request.n).map(|index| {
             let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)))
                 .with_breakers(Arc::clone(&breakers));
@@ -82,6 +88,7 @@ impl Generation {
             Choice {
                 index,
                 sampler,
+                matcher: matchers.next(),
                 decoder: TextDecoder::new(&request.stop),
                 held: VecDeque::new(),
                 n_bytes: 0,
@@ -170,14 +177,14 @@ impl Generation {
     /// Samples the next token of the choice in `seq`, unless its row was sampled ahead, and sends what of its text can go out.
     ///
     /// # Errors
-    /// [`SampleError`] when the scores are unusable; the request cannot go on.
+    /// The scores are unusable, or the grammar of the choice cannot go on: neither can the request.
     pub(crate) fn advance(
         &mut self,
         seq: SeqId,
         logits: &[f32],
         tokenizer: &dyn Tokenizer,
         now: Instant,
-    ) -> Result<Advance, SampleError> {
+    ) -> Result<Advance, GenerationError> {
         let Some(at) = self.seqs.iter().position(|&own| own == Some(seq)) else { return Ok(Advance::Finished) };
         let choice = &mut self.choices[at];
         let sampled = match choice.sampled.take() {
@@ -195,6 +202,8 @@ impl Generation {
             end = Some((FinishReason::Stop, None));
         } else if let Some(stop) = choice.take(sampled, tokenizer, &mut delta) {
             end = Some((FinishReason::Stop, Some(self.stops[stop].clone())));
+        } else if choice.follow(token)? == Progress::Ended {
+            end = Some((FinishReason::Stop, None));
         } else if choice.n_generated >= self.max_tokens || self.deadline.is_some_and(|deadline| now >= deadline) {
             end = Some((FinishReason::Length, None));
         }
@@ -262,13 +271,25 @@ impl WaitingRow<'_> {
 }
 
 impl Choice {
+    /// Chooses the next token among those that the grammar allows, if there is one.
     fn sample(
         &mut self,
         logits: &[f32],
         banned: &[TokenId],
         n_logprobs: Option<usize>,
-    ) -> Result<Sampled, SampleError> {
-        self.sampler.sample(logits, banned, n_logprobs)
+    ) -> Result<Sampled, GenerationError> {
+        let allowed = self.matcher.as_mut().map(Matcher::allowed).transpose()?;
+        let sampled = match allowed {
+            None => self.sampler.sample(logits, banned, n_logprobs),
+            Some(Allowed::Only(token)) => self.sampler.score(token, logits, n_logprobs),
+            Some(Allowed::Any(mask)) => self.sampler.sample_allowed(logits, banned, &mask, n_logprobs),
+        };
+        sampled.map_err(|error| GenerationError::Sampling { message: error.to_string() })
+    }
+
+    /// Tells the grammar the token.
+    fn follow(&mut self, token: TokenId) -> Result<Progress, GenerationError> {
+        Ok(self.matcher.as_mut().map_or(Ok(Progress::Goes), |matcher| matcher.accept(token))?)
     }
 
     /// Takes a token's bytes and moves what can go out into `delta`. Returns which stop text was completed, if one was.
@@ -299,6 +320,12 @@ impl Choice {
                 delta.tokens.push(info);
             }
         }
+    }
+}
+
+impl From<MatchError> for GenerationError {
+    fn from(error: MatchError) -> Self {
+        Self::Constraint { message: error.to_string() }
     }
 }
 

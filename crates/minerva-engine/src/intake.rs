@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::backend::{BackendLimits, Tokenizer};
 use crate::breakers::BreakerCache;
+use crate::constrain::{Compilers, Matcher, Waiting};
 use crate::decoder::{MAX_STOP_BYTES, MAX_STOPS, validate_stops};
 use crate::engine::Inner;
 use crate::error::RequestError;
@@ -50,6 +51,34 @@ pub(crate) struct Intake {
     pub(crate) n_ctx: usize,
     pub(crate) serving: Serving,
     pub(crate) breakers: Arc<BreakerCache>,
+    pub(crate) compilers: Compilers,
+}
+
+/// A request that was checked and tokenized, with all that is needed to admit it.
+struct Checked {
+    prompt: Vec<TokenId>,
+    max_tokens: u32,
+    request: Request,
+    submitted: Instant,
+    engine: Arc<Inner>,
+}
+
+/// A checked request whose constraint is being compiled.
+struct Constrained {
+    intake: Intake,
+    checked: Checked,
+    answer: oneshot::Sender<Result<EventStream, RequestError>>,
+}
+
+impl Waiting for Constrained {
+    fn is_gone(&self) -> bool {
+        self.answer.is_closed()
+    }
+
+    fn resolve(self: Box<Self>, result: Result<Vec<Matcher>, RequestError>) {
+        let Self { intake, checked, answer } = *self;
+        let _ = answer.send(result.and_then(|matchers| intake.admit(checked, matchers)));
+    }
 }
 
 impl Intake {
@@ -58,7 +87,7 @@ impl Intake {
             // A send fails when the caller has left: then the stream is dropped here, which cancels the request.
             match task {
                 Task::Generate { request, submitted, engine, answer } => {
-                    let _ = answer.send(self.accept(*request, submitted, engine));
+                    self.accept(*request, submitted, engine, answer);
                 }
                 Task::Tokenize { text, add_special, answer } => {
                     let _ = answer.send(self.tokenizer.tokenize(&text, add_special, false));
@@ -69,10 +98,26 @@ impl Intake {
 
     fn accept(
         &self,
-        mut request: Request,
+        request: Request,
         submitted: Instant,
         engine: Arc<Inner>,
-    ) -> Result<EventStream, RequestError> {
+        answer: oneshot::Sender<Result<EventStream, RequestError>>,
+    ) {
+        let _ = match self.check(request, submitted, engine) {
+            Err(refusal) => answer.send(Err(refusal)),
+            Ok(mut checked) => match checked.request.constraint.take() {
+                None => answer.send(self.admit(checked, Vec::new())),
+                Some(constraint) => {
+                    let n = checked.request.n;
+                    let waiting = Constrained { intake: self.clone(), checked, answer };
+                    self.compilers.compile(constraint, n, Box::new(waiting));
+                    return;
+                }
+            },
+        };
+    }
+
+    fn check(&self, mut request: Request, submitted: Instant, engine: Arc<Inner>) -> Result<Checked, RequestError> {
         self.check_params(&request)?;
         let (prompt, stops) = self.tokens(&request.prompt)?;
         // A template comes from the model file: its stop texts are held to the same limits, and dropped if they break them.
@@ -91,6 +136,12 @@ impl Intake {
             None => room.min(self.pool_share(&request, prompt.len())),
         };
         self.check_pool(&request, prompt.len(), max_tokens)?;
+        Ok(Checked { prompt, max_tokens, request, submitted, engine })
+    }
+
+    /// Puts a request into the queue. `matchers`: the grammar of each choice, or none.
+    fn admit(&self, checked: Checked, matchers: Vec<Matcher>) -> Result<EventStream, RequestError> {
+        let Checked { prompt, max_tokens, request, submitted, engine } = checked;
         if engine.is_closed() {
             return Err(RequestError::ShuttingDown);
         }
@@ -105,7 +156,7 @@ impl Intake {
         };
         let namespace = self.serving.namespace(&request);
         let id = engine.next_id();
-        let accepted = Accepted { prompt, request, max_tokens, seed, namespace, breakers, submitted, events };
+        let accepted = Accepted { prompt, request, max_tokens, matchers, seed, namespace, breakers, submitted, events };
         engine.send(Command::Submit(id, Box::new(accepted)));
         Ok(EventStream::new(id, n_prompt as u32, receiver, engine))
     }

@@ -6,8 +6,8 @@
 //! [`sim`] runs the engine without a model. [`compat`] is the callback style of the GPU guide.
 //!
 //! # Threads
-//! One engine thread owns the backend (`worker`). One intake thread renders templates and tokenizes (`intake`). Whoever
-//! calls only sends and receives. Any executor will do, and none is needed: see [`Engine::generate_blocking`].
+//! One engine thread owns the backend (`worker`). One intake thread renders templates and tokenizes (`intake`). A few more
+//! compile grammars and compute their masks (`constrain`). Whoever calls only sends and receives. Any executor will do, and none is needed: see [`Engine::generate_blocking`].
 //!
 //! # Invariants
 //! - Every accepted request gets exactly one last event: [`Event::Done`] or [`Event::Failed`].
@@ -24,6 +24,7 @@ mod status;
 mod stream;
 
 mod breakers;
+mod constrain;
 mod generation;
 mod intake;
 mod parking;
@@ -44,6 +45,7 @@ pub mod sim;
 mod slowed;
 
 pub use config::{EngineConfig, FlashAttention, KvType};
+pub use constrain::{Constraint, ConstraintError};
 pub use engine::Engine;
 pub use error::{LoadError, RequestError};
 pub use event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::constrain::Constraint;
 use crate::sampler::SamplingParams;
 
 /// A token of the model's vocabulary, `0..n_vocab` (llama.cpp's `llama_token`).
@@ -25,6 +26,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// `Some(k)`: report each token's log-probability and the `k` most likely alternatives. `None`: none of it.
     pub logprobs: Option<u32>,
+    /// What the answer has to follow, such as a JSON schema. `None`: nothing.
+    pub constraint: Option<Constraint>,
     /// Reuse cached cells of an earlier request that began with the same tokens. Default true.
     pub cache_prompt: bool,
     /// Whether the next tokens may be guessed from what the text has said before and computed along. It never changes what is sampled.
@@ -52,6 +55,7 @@ impl Default for Request {
             ignore_eos: false,
             sampling: SamplingParams::default(),
             logprobs: None,
+            constraint: None,
             cache_prompt: true,
             speculate: true,
             client: 0,

@@ -163,6 +163,7 @@ mod tests {
                 prompt,
                 request: request.clone(),
                 max_tokens: request.max_tokens.unwrap(),
+                matchers: Vec::new(),
                 seed: request.sampling.seed.unwrap(),
                 breakers: Arc::default(),
                 namespace: 0,

@@ -48,6 +48,9 @@ pub struct SimConfig {
     pub us_per_token: u64,
     /// Length of an answer to a chat, in tokens. Plain prompts are continued without an end.
     pub answer_tokens: u32,
+    /// How far the scores of all tokens are spread by chance, fixed for each sequence of tokens. At 0 one token is far likelier
+    /// than the others, which are all alike.
+    pub spread: f32,
     /// Cuts of a sequence fail, as with recurrent memory.
     pub cannot_cut: bool,
     /// Every so many steps one fails, with its cells half written.
@@ -97,6 +100,7 @@ impl Default for SimConfig {
             step_us: 0,
             us_per_token: 0,
             answer_tokens: 32,
+            spread: 0.0,
             cannot_cut: false,
             fail_every_steps: None,
             max_queued_requests: 256,
@@ -184,11 +188,30 @@ impl SimSeq {
         {
             return self.tokens[self.tokens.len() - period as usize];
         }
-        let hash = self.tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
-            (hash ^ u64::from(token.cast_unsigned())).wrapping_mul(0x0100_0000_01b3)
-        });
         let alphabet = b"abcdefghijklmnopqrstuvwxyz  etaoin";
-        TokenId::from(alphabet[((hash >> 32) % alphabet.len() as u64) as usize])
+        TokenId::from(alphabet[((self.hash() >> 32) % alphabet.len() as u64) as usize])
+    }
+
+    /// A number that depends on every token.
+    fn hash(&self) -> u64 {
+        self.tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
+            (hash ^ u64::from(token.cast_unsigned())).wrapping_mul(0x0100_0000_01b3)
+        })
+    }
+
+    /// The scores of all tokens.
+    fn logits(&self, config: &SimConfig) -> Vec<f32> {
+        let mut logits = vec![0.0; N_VOCAB];
+        if config.spread > 0.0 {
+            let hash = self.hash();
+            for (logit, token) in logits.iter_mut().zip(1_u64..) {
+                let mixed = (hash ^ token.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                *logit = (mixed >> 40) as f32 / (1 << 24) as f32 * config.spread;
+            }
+            return logits;
+        }
+        logits[self.next(config.answer_tokens, config.period_tokens) as usize] = 20.0;
+        logits
     }
 }
 
@@ -235,16 +258,11 @@ impl Backend for SimBackend {
         self.n_steps += 1;
         self.rows.clear();
         for row in rows {
-            let (answer_tokens, period_tokens) = (self.config.answer_tokens, self.config.period_tokens);
             let seq = &mut self.seqs[row.seq as usize];
             assert_eq!(seq.tokens.len(), row.pos as usize, "sequence {} has a gap", row.seq);
             assert!(row.pos < self.config.context_length_tokens, "sequence {} is too long", row.seq);
             seq.tokens.push(row.token);
-            self.rows.push(row.output.then(|| {
-                let mut logits = vec![0.0; N_VOCAB];
-                logits[seq.next(answer_tokens, period_tokens) as usize] = 20.0;
-                logits
-            }));
+            self.rows.push(row.output.then(|| seq.logits(&self.config)));
         }
         let held: usize = self.seqs.iter().map(|seq| seq.tokens.len()).sum();
         assert!(held <= self.limits().n_cells as usize, "{held} cells are in use");

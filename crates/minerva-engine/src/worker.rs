@@ -369,7 +369,7 @@ impl Worker {
                 }
             }
             Ok(Advance::NobodyListens) => self.cancel(id),
-            Err(error) => self.fail(id, GenerationError::Sampling { message: error.to_string() }),
+            Err(error) => self.fail(id, error),
         }
         false
     }

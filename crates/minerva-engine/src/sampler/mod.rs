@@ -3,12 +3,13 @@
 //!
 //! [`Sampler`] belongs to one request and runs on any thread. It gives exactly the distribution that [`SamplingParams`]
 //! describes, but neither copies nor sorts the vocabulary: one pass over the row finds the maximum of each block of tokens,
-//! and everything after it works on the few tokens that can still be drawn. It knows no text, no grammar and no model.
+//! and everything after it works on the few tokens that can still be drawn. It knows no text and no model, and of a grammar
+//! only the [`TokenMask`].
 //! Start with [`Sampler::sample`]; `plan` has the steps of a request, `field` what they work on, `draw` the end.
 //!
 //! # Invariants
 //! - The same parameters, seed, accepted tokens and logits give the same tokens, on every platform. Ties go to the lowest id.
-//! - Every sampled token takes one draw of the generator, a greedy one none, XTC one more.
+//! - Every sampled token takes one draw of the generator, a greedy one and one that a grammar forces none, XTC one more.
 //! - After the first tokens nothing is allocated, except for the list of top log-probabilities, the fit of Mirostat 1, and by
 //!   penalties and DRY where their windows grow.
 mod candidates;
@@ -16,6 +17,7 @@ mod draw;
 mod dry;
 mod field;
 mod history;
+mod mask;
 mod math;
 mod params;
 mod penalties;
@@ -36,6 +38,7 @@ pub use self::dry::Breakers;
 use self::dry::Dry;
 use self::field::Field;
 use self::history::History;
+pub use self::mask::TokenMask;
 pub use self::params::{BAN_BIAS, InvalidParam, MAX_REPEAT_LAST_N, SamplingParams};
 use self::penalties::{Penalties, bias, in_vocab};
 use self::plan::{Step, plan};
@@ -58,6 +61,8 @@ pub struct Sampler {
     rng: SplitMix64,
     draw: Draw,
     scratch: Scratch,
+    /// The row with `-inf` for what a grammar does not allow; keeps its room too.
+    masked: Vec<f32>,
 }
 
 /// Buffers that keep their room from token to token, and nothing else.
@@ -128,6 +133,7 @@ impl Sampler {
             rng: SplitMix64::new(seed),
             draw: Draw::new(params),
             scratch: Scratch::default(),
+            masked: Vec::new(),
         }
     }
 
@@ -187,15 +193,65 @@ impl Sampler {
         banned: &[TokenId],
         n_top_logprobs: Option<usize>,
     ) -> Result<Sampled, SampleError> {
-        if logits.len() != self.n_vocab {
-            return Err(SampleError::WrongLength { given: logits.len(), n_vocab: self.n_vocab });
-        }
+        self.check_length(logits)?;
         let token = self.choose(logits, banned)?;
-        let Some(n_top) = n_top_logprobs else {
+        self.report(token, logits, n_top_logprobs)
+    }
+
+    /// [`sample`](Self::sample), but from the tokens in `mask` only, as if the others had a logit of `-inf`.
+    ///
+    /// Log-probabilities stay those of the model alone.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn sample_allowed(
+        &mut self,
+        logits: &[f32],
+        banned: &[TokenId],
+        mask: &TokenMask,
+        n_top_logprobs: Option<usize>,
+    ) -> Result<Sampled, SampleError> {
+        self.check_length(logits)?;
+        let mut masked = std::mem::take(&mut self.masked);
+        mask.write(logits, &mut masked);
+        let token = self.choose(&masked, banned);
+        self.masked = masked;
+        self.score(token?, logits, n_top_logprobs)
+    }
+
+    /// What [`sample`](Self::sample) says about a token that is not a choice, because a grammar forces it: no draw is taken,
+    /// and without log-probabilities the scores do not matter.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample), where log-probabilities are asked for.
+    pub fn score(
+        &mut self,
+        token: TokenId,
+        logits: &[f32],
+        n_top_logprobs: Option<usize>,
+    ) -> Result<Sampled, SampleError> {
+        self.check_length(logits)?;
+        if n_top_logprobs.is_some() {
+            Field::new(logits, &mut self.scratch);
+        }
+        self.report(token, logits, n_top_logprobs)
+    }
+
+    /// Log-probabilities beside a token, if they are asked for. Right after [`Field::new`] for the same row.
+    fn report(&mut self, token: TokenId, logits: &[f32], n_top: Option<usize>) -> Result<Sampled, SampleError> {
+        let Some(n_top) = n_top else {
             return Ok(Sampled { token, logprob: None, top: Vec::new() });
         };
         let (log_total, top) = self.scratch.logprobs(logits, n_top)?;
-        Ok(Sampled { token, logprob: Some(logits[token as usize] - log_total), top })
+        let logit = usize::try_from(token).ok().and_then(|token| logits.get(token));
+        Ok(Sampled { token, logprob: logit.map(|logit| logit - log_total), top })
+    }
+
+    fn check_length(&self, logits: &[f32]) -> Result<(), SampleError> {
+        if logits.len() == self.n_vocab {
+            return Ok(());
+        }
+        Err(SampleError::WrongLength { given: logits.len(), n_vocab: self.n_vocab })
     }
 
     fn choose(&mut self, logits: &[f32], banned: &[TokenId]) -> Result<TokenId, SampleError> {

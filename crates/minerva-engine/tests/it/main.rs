@@ -2,6 +2,7 @@
 //! real model in [`real_model`]. `support` reads streams and checks on the way that they keep their order.
 
 mod canary;
+mod constrained;
 mod contract;
 mod dropping;
 mod ending;
@@ -11,6 +12,7 @@ mod isolation;
 mod output;
 mod overload;
 mod own_process;
+mod random_schemas;
 mod real_model;
 mod refusals;
 mod support;

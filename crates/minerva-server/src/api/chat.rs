@@ -11,8 +11,9 @@ use crate::state::App;
 /// Turns the body into an engine request.
 pub(crate) fn parse(mut fields: Fields, app: &App, info: &ModelInfo) -> Result<(Request, Delivery), ApiError> {
     params::check_model(&mut fields, app, info)?;
-    let delivery = params::delivery(&mut fields)?;
+    let mut delivery = params::delivery(&mut fields)?;
     let mut request = params::request(&mut fields, info)?;
+    params::constraint(&mut fields, &mut request, &mut delivery)?;
     request.prompt = Prompt::Chat(messages(&mut fields)?);
     let wants_logprobs = fields.bool("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.count("top_logprobs", 0, MAX_TOP_LOGPROBS)?;

@@ -14,8 +14,9 @@ const MAX_CHOICES: usize = 256;
 /// Turns the body into one engine request per prompt; the choices of prompt `p` are `p * n ..`.
 pub(crate) fn parse(mut fields: Fields, app: &App, info: &ModelInfo) -> Result<(Vec<Request>, Delivery), ApiError> {
     params::check_model(&mut fields, app, info)?;
-    let delivery = params::delivery(&mut fields)?;
+    let mut delivery = params::delivery(&mut fields)?;
     let mut request = params::request(&mut fields, info)?;
+    params::constraint(&mut fields, &mut request, &mut delivery)?;
     request.logprobs = fields.count("logprobs", 0, MAX_TOP_LOGPROBS)?;
     if fields.get("best_of").is_some_and(|best_of| best_of.as_u64() == Some(request.n.into())) {
         fields.remove("best_of"); // the best `n` of `n` are all of them

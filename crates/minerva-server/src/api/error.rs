@@ -113,11 +113,15 @@ impl ApiError {
         error.with(|more| more.log = Some(log.into()))
     }
 
-    /// A request that the engine refused; `prompt` is the field that holds the prompt.
-    pub(crate) fn refused(refusal: &RequestError, prompt: &str) -> Self {
+    /// A request that the engine refused; `prompt` is the field that holds the prompt, `constraint` the one with the schema
+    /// or grammar.
+    pub(crate) fn refused(refusal: &RequestError, prompt: &str, constraint: Option<&'static str>) -> Self {
         let text = refusal.to_string();
         match refusal {
             RequestError::InvalidParam(invalid) => Self::field(invalid.param, "invalid_value", text),
+            RequestError::Constraint(_) => {
+                Self::field(constraint.unwrap_or("response_format"), "invalid_constraint", text)
+            }
             RequestError::ContextLength { n_prompt_tokens, n_ctx } => {
                 let error = Self::field(prompt, "context_length_exceeded", text);
                 error.with(|more| more.tokens = Some((*n_prompt_tokens, *n_ctx)))

@@ -51,7 +51,7 @@ pub(super) async fn answer(
         }
     }
     let has_logprobs = requests.first().is_some_and(|request| request.logprobs.is_some());
-    let answer = submit(app, &engine, requests, shape, call.started).await?;
+    let answer = submit(app, &engine, requests, (shape, delivery), call.started).await?;
     let envelope = Envelope {
         shape,
         id: app.new_id(shape.id_prefix()),
@@ -107,7 +107,7 @@ async fn submit(
     app: &Arc<App>,
     engine: &Engine,
     requests: Vec<EngineRequest>,
-    shape: Shape,
+    (shape, delivery): (Shape, Delivery),
     started: Instant,
 ) -> Result<Answer, ApiError> {
     let is_single = requests.len() == 1;
@@ -116,7 +116,8 @@ async fn submit(
     for (p, request) in requests.into_iter().enumerate() {
         let stream = engine.generate(request).await.map_err(|refusal| {
             let field = shape.prompt_field();
-            ApiError::refused(&refusal, &if is_single { field.to_owned() } else { format!("{field}[{p}]") })
+            let prompt = if is_single { field.to_owned() } else { format!("{field}[{p}]") };
+            ApiError::refused(&refusal, &prompt, delivery.constraint_field)
         })?;
         streams.push(stream);
     }

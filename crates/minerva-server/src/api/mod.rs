@@ -5,6 +5,7 @@
 mod body;
 mod chat;
 mod completions;
+mod constraint;
 pub(crate) mod error;
 mod fields;
 mod generation;

@@ -19,6 +19,8 @@ pub(crate) struct Delivery {
     pub(crate) stream: bool,
     /// `stream_options.include_usage`.
     pub(crate) include_usage: bool,
+    /// The field that the constraint came in, for when the engine refuses it.
+    pub(crate) constraint_field: Option<&'static str>,
 }
 
 /// Checks `model`: the model's name, `default`, or nothing.
@@ -37,7 +39,7 @@ pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, ApiError> {
         None => false,
         Some(json) => Fields::nested(json, "stream_options")?.bool("include_usage")?.unwrap_or(false),
     };
-    Ok(Delivery { stream, include_usage })
+    Ok(Delivery { stream, include_usage, constraint_field: None })
 }
 
 /// A request for `info`'s model with everything but the prompt and `logprobs` filled in.
@@ -84,6 +86,15 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
         return Err(ApiError::wrong_value("stop", &wanted));
     }
     Ok(stops)
+}
+
+/// The constraint of the answer, under any of its names.
+pub(crate) fn constraint(fields: &mut Fields, request: &mut Request, delivery: &mut Delivery) -> Result<(), ApiError> {
+    if let Some((constraint, field)) = super::constraint::take(fields)? {
+        request.constraint = Some(constraint);
+        delivery.constraint_field = Some(field);
+    }
+    Ok(())
 }
 
 /// Deals with the fields that are left: those that would silently not happen are refused, others ignored or, with

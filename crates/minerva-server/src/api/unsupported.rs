@@ -1,6 +1,6 @@
 //! Fields that other servers know and this one does not have yet: accepted where they ask for nothing, refused elsewhere.
 //!
-//! Ignoring `tools` or `response_format` would return 200 with something else than was asked for, which is worse than 400.
+//! Ignoring `tools` or `audio` would return 200 with something else than was asked for, which is worse than 400.
 
 use serde_json::Value as Json;
 
@@ -67,13 +67,7 @@ const FIELDS: &[(&str, Neutral)] = &[
     ("chat_template", Neutral::Empty),
     ("chat_template_kwargs", Neutral::Empty),
     ("continue_final_message", Neutral::False),
-    ("grammar", Neutral::Empty),
-    ("guided_choice", Neutral::Empty),
-    ("guided_grammar", Neutral::Empty),
-    ("guided_json", Neutral::Empty),
-    ("guided_regex", Neutral::Empty),
     ("image_data", Neutral::Empty),
-    ("json_schema", Neutral::Empty),
     ("lora", Neutral::Empty),
     ("min_tokens", Neutral::Zero),
     ("n_keep", Neutral::Zero),
@@ -82,7 +76,6 @@ const FIELDS: &[(&str, Neutral)] = &[
     ("prompt_logprobs", Neutral::Zero),
     ("return_tokens", Neutral::False),
     ("stop_token_ids", Neutral::Empty),
-    ("structured_outputs", Neutral::Empty),
 ];
 
 /// Takes every field of the table; the first that asks for something is an error.
@@ -91,12 +84,6 @@ pub(crate) fn check(fields: &mut Fields) -> Result<(), ApiError> {
         match fields.get(name) {
             Some(json) if !neutral.holds(json) => return Err(ApiError::unsupported(name, "")),
             _ => fields.remove(name),
-        }
-    }
-    if let Some(format) = fields.take("response_format") {
-        let kind = Fields::nested(format, "response_format")?.string("type")?;
-        if kind.as_deref() != Some("text") {
-            return Err(ApiError::unsupported("response_format", " other than `{\"type\": \"text\"}`"));
         }
     }
     if let Some(modalities) = fields.take("modalities")

@@ -34,35 +34,35 @@ async fn an_answer_has_openais_shape() {
     assert!(reply.json()["system_fingerprint"].as_str().unwrap().starts_with("minerva-"));
     expect![[r#"
         {
+          "id": "ID",
+          "object": "chat.completion",
+          "created": 0,
+          "model": "sim",
+          "system_fingerprint": "FINGERPRINT",
           "choices": [
             {
-              "finish_reason": "length",
               "index": 0,
-              "logprobs": null,
               "message": {
+                "role": "assistant",
                 "content": "rdqk",
-                "refusal": null,
-                "role": "assistant"
-              }
+                "refusal": null
+              },
+              "logprobs": null,
+              "finish_reason": "length"
             }
           ],
-          "created": 0,
-          "id": "ID",
-          "model": "sim",
-          "object": "chat.completion",
-          "system_fingerprint": "FINGERPRINT",
-          "timings": {
-            "decode_ms": 0,
-            "prefill_ms": 0,
-            "queue_ms": 0
-          },
           "usage": {
-            "completion_tokens": 4,
             "prompt_tokens": 12,
+            "completion_tokens": 4,
+            "total_tokens": 16,
             "prompt_tokens_details": {
               "cached_tokens": 0
-            },
-            "total_tokens": 16
+            }
+          },
+          "timings": {
+            "queue_ms": 0,
+            "prefill_ms": 0,
+            "decode_ms": 0
           }
         }
     "#]]
@@ -81,25 +81,25 @@ async fn logprobs_come_with_bytes_and_alternatives() {
         {
           "content": [
             {
+              "token": "r",
+              "logprob": 0.0,
               "bytes": [
                 114
               ],
-              "logprob": 0.0,
-              "token": "r",
               "top_logprobs": [
                 {
+                  "token": "r",
+                  "logprob": 0.0,
                   "bytes": [
                     114
-                  ],
-                  "logprob": 0.0,
-                  "token": "r"
+                  ]
                 },
                 {
+                  "token": "\u0000",
+                  "logprob": -20.0,
                   "bytes": [
                     0
-                  ],
-                  "logprob": -20.0,
-                  "token": "\u0000"
+                  ]
                 }
               ]
             }

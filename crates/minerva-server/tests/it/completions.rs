@@ -13,61 +13,61 @@ async fn an_answer_has_openais_shape() {
     assert!(reply.json()["id"].as_str().unwrap().starts_with("cmpl-"));
     expect![[r#"
         {
+          "id": "ID",
+          "object": "text_completion",
+          "created": 0,
+          "model": "sim",
+          "system_fingerprint": "FINGERPRINT",
           "choices": [
             {
-              "finish_reason": "length",
               "index": 0,
+              "text": "wap",
               "logprobs": {
-                "text_offset": [
-                  0,
-                  1,
-                  2
+                "tokens": [
+                  "w",
+                  "a",
+                  "p"
                 ],
                 "token_logprobs": [
                   0.0,
                   0.0,
                   0.0
                 ],
-                "tokens": [
-                  "w",
-                  "a",
-                  "p"
-                ],
                 "top_logprobs": [
                   {
-                    "\u0000": -20.0,
-                    "w": 0.0
+                    "w": 0.0,
+                    "\u0000": -20.0
                   },
                   {
-                    "\u0000": -20.0,
-                    "a": 0.0
+                    "a": 0.0,
+                    "\u0000": -20.0
                   },
                   {
-                    "\u0000": -20.0,
-                    "p": 0.0
+                    "p": 0.0,
+                    "\u0000": -20.0
                   }
+                ],
+                "text_offset": [
+                  0,
+                  1,
+                  2
                 ]
               },
-              "text": "wap"
+              "finish_reason": "length"
             }
           ],
-          "created": 0,
-          "id": "ID",
-          "model": "sim",
-          "object": "text_completion",
-          "system_fingerprint": "FINGERPRINT",
-          "timings": {
-            "decode_ms": 0,
-            "prefill_ms": 0,
-            "queue_ms": 0
-          },
           "usage": {
-            "completion_tokens": 3,
             "prompt_tokens": 5,
+            "completion_tokens": 3,
+            "total_tokens": 8,
             "prompt_tokens_details": {
               "cached_tokens": 0
-            },
-            "total_tokens": 8
+            }
+          },
+          "timings": {
+            "queue_ms": 0,
+            "prefill_ms": 0,
+            "decode_ms": 0
           }
         }
     "#]]

@@ -17,6 +17,7 @@ mod access;
 mod chat;
 mod client;
 mod completions;
+mod constrained;
 mod drop;
 mod errors;
 mod fuzz;

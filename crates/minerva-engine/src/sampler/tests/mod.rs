@@ -147,6 +147,23 @@ proptest! {
     }
 
     #[test]
+    fn a_mask_is_the_same_as_a_row_with_everything_else_at_minus_infinity(
+        row in any_row(),
+        words in prop::collection::vec(prop_oneof![Just(0_u32), Just(u32::MAX), any::<u32>()], 0..16),
+        banned in prop::collection::vec(0..400, 0..4),
+        params in any_filters(),
+        seed in any::<u64>(),
+    ) {
+        let mask = TokenMask::from_words(&words);
+        let written_out: Vec<f32> =
+            (0..).zip(&row).map(|(token, &logit)| if mask.allows(token) { logit } else { NEG_INF }).collect();
+        let params = SamplingParams { logit_bias: vec![(2, 3.0), (70, -1.0)], ..params };
+        let sampler = || Sampler::new(&params, row.len(), seed);
+        let (masked, plain) = (sampler().sample_allowed(&row, &banned, &mask, None), sampler().sample(&written_out, &banned, None));
+        prop_assert_eq!(masked, plain);
+    }
+
+    #[test]
     fn no_parameters_and_no_row_make_the_sampler_panic(
         bits in prop::collection::vec(any::<u32>(), 0..200),
         params in any_filters(),
