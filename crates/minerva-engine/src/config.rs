@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::probe::ProbeConfig;
 use crate::serving::{CacheIsolation, Speculation};
+use crate::tune::TuneConfig;
 
 /// How to load a model and how much of the machine to give it. Fields that are `None` are chosen by the engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,6 +80,8 @@ pub struct EngineConfig {
     /// Try devices in a child process before this one touches them. `None`: whatever crashes when it is touched takes this
     /// process along.
     pub probe: Option<ProbeConfig>,
+    /// Measure the settings that are left open (flash attention, cache, threads, micro-batch) and take the fastest. Off by default.
+    pub tune: TuneConfig,
 }
 
 impl Default for EngineConfig {
@@ -115,6 +118,7 @@ impl Default for EngineConfig {
             cache_isolation: CacheIsolation::None,
             chat_template: None,
             probe: None,
+            tune: TuneConfig::default(),
         }
     }
 }
@@ -177,4 +181,42 @@ pub enum KvType {
     Q4_0,
     #[serde(rename = "iq4_nl")]
     Iq4Nl,
+}
+
+impl KvType {
+    /// ggml's name of the type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q5_1 => "q5_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q4_0 => "q4_0",
+            Self::Iq4Nl => "iq4_nl",
+        }
+    }
+
+    /// Whether the type stores blocks of several elements; a V cache of it needs flash attention.
+    pub(crate) fn is_quantized(self) -> bool {
+        minerva_llama::KvType::from(self).is_quantized()
+    }
+}
+
+impl From<KvType> for minerva_llama::KvType {
+    fn from(kv_type: KvType) -> Self {
+        match kv_type {
+            KvType::F32 => Self::F32,
+            KvType::F16 => Self::F16,
+            KvType::Bf16 => Self::Bf16,
+            KvType::Q8_0 => Self::Q8_0,
+            KvType::Q5_1 => Self::Q5_1,
+            KvType::Q5_0 => Self::Q5_0,
+            KvType::Q4_1 => Self::Q4_1,
+            KvType::Q4_0 => Self::Q4_0,
+            KvType::Iq4Nl => Self::Iq4Nl,
+        }
+    }
 }

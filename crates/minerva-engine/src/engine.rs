@@ -24,6 +24,7 @@ use crate::sim::{self, SimConfig};
 use crate::slowed::Slowed;
 use crate::status::{BuildInfo, EngineStats, LoadProgress, ModelInfo};
 use crate::stream::EventStream;
+use crate::tune::TuneReport;
 use crate::worker::{Command, Worker};
 
 /// A loaded model that answers requests. Cheap to clone; every clone, and every stream of events, keeps it alive.
@@ -108,12 +109,21 @@ impl Engine {
         Self::start(loaded, info, serving)
     }
 
-    /// Plans a load without doing it: what goes where, what it takes, and the smaller plans below. Reads the file's header,
-    /// nothing else of it.
+    /// Plans a load without doing it: what goes where, what it takes, and the smaller plans below. Reads the file's header, and
+    /// nothing else of it but what tells it from other models. Settings that an earlier load found are part of the plan; nothing
+    /// is measured.
     ///
     /// # Errors
     /// [`LoadError`]: nothing fits, or the file is no model.
     pub fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
+        Self::plan_and_tuning(config, machine).map(|(plan, _)| plan)
+    }
+
+    /// [`plan`](Self::plan), and where its settings come from.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn plan_and_tuning(config: &EngineConfig, machine: &PlanMachine) -> Result<(Plan, TuneReport), LoadError> {
         llama::plan(config, machine)
     }
 

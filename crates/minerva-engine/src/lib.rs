@@ -39,10 +39,12 @@ pub mod compat;
 pub mod decoder;
 mod llama;
 pub mod probe;
+mod remembered;
 pub mod sampler;
 pub mod scheduler;
 pub mod sim;
 mod slowed;
+mod tune;
 
 pub use config::{EngineConfig, FlashAttention, KvType};
 pub use constrain::{Constraint, ConstraintError};
@@ -58,3 +60,6 @@ pub use serving::{CacheIsolation, Speculation};
 pub use sim::SimConfig;
 pub use status::{BuildInfo, DeviceMemory, EngineStats, LoadProgress, ModelInfo, Placement};
 pub use stream::EventStream;
+pub use tune::{
+    DEFAULT_BUDGET_MS, Rates, THOROUGH_MS, TuneConfig, TuneMode, TuneReport, TuneRow, TuneSource, TunedSettings,
+};

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::tune::TuneReport;
+
 /// The loaded model and where it runs; fixed for the life of the engine.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelInfo {
@@ -62,6 +64,8 @@ pub struct Placement {
     pub kv_unified: bool,
     /// Whether weights may be repacked for the CPU's matrix units, or why not.
     pub extra_buffers: String,
+    /// How these settings were chosen where nobody fixed them.
+    pub tuning: TuneReport,
     /// The memory of each device.
     pub memory: Vec<DeviceMemory>,
     /// The share of memory that was allowed, in bytes.

@@ -31,6 +31,7 @@ mod server;
 mod shutdown;
 mod sse;
 mod state;
+mod tune_command;
 
 pub use config::{Config, ConfigError};
 pub use server::{Outcome, Server};

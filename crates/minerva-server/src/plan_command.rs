@@ -8,7 +8,7 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use minerva_engine::{Engine, EngineConfig, LoadError};
+use minerva_engine::{Engine, EngineConfig, LoadError, TuneMode, TuneReport, TuneSource};
 use minerva_gpu::estimate::DeviceLoad;
 use minerva_gpu::plan::{Plan, PlanDeviceKind, PlanMachine, Rung};
 use serde_json::{Value, json};
@@ -21,8 +21,8 @@ use crate::program::{print, refuse};
 /// read.
 pub(crate) fn run(config: &Config, made_up: Option<PlanMachine>, json: bool) -> ExitCode {
     match plan(config, made_up) {
-        Ok(plan) if json => print(&format!("{:#}\n", as_json(&plan))),
-        Ok(plan) => print(&plan.to_string()),
+        Ok((plan, tuning)) if json => print(&format!("{:#}\n", as_json(&plan, &tuning))),
+        Ok((plan, tuning)) => print(&format!("{plan}{}", said(&tuning))),
         Err(problem) => {
             let code = refuse(&format_args!("{problem:#}"));
             if let Some(LoadError::NoFallback { table, .. }) = problem.downcast_ref() {
@@ -33,11 +33,30 @@ pub(crate) fn run(config: &Config, made_up: Option<PlanMachine>, json: bool) -> 
     }
 }
 
-fn plan(config: &Config, made_up: Option<PlanMachine>) -> anyhow::Result<Plan> {
+fn plan(config: &Config, made_up: Option<PlanMachine>) -> anyhow::Result<(Plan, TuneReport)> {
     let mut engine = config.engine()?;
-    let machine =
-        if let Some(machine) = made_up { limited(machine, &engine) } else { this_machine(&mut engine, config)? };
-    Ok(Engine::plan(&engine, &machine)?)
+    let machine = if let Some(machine) = made_up {
+        engine.tune.mode = TuneMode::Off; // what was found here says nothing about another machine
+        limited(machine, &engine)
+    } else {
+        if engine.tune.mode == TuneMode::Force {
+            engine.tune.mode = TuneMode::Cached; // a plan measures nothing
+        }
+        this_machine(&mut engine, config)?
+    };
+    Ok(Engine::plan_and_tuning(&engine, &machine)?)
+}
+
+/// A line about settings that an earlier load found.
+fn said(tuning: &TuneReport) -> String {
+    match tuning.source {
+        TuneSource::Cached => format!(
+            "\nSettings of the first plan were measured at an earlier load: {} ({:.2} of the defaults' speed; `--tune=off` for the \
+            defaults)\n",
+            tuning.settings, tuning.gain
+        ),
+        _ => String::new(),
+    }
 }
 
 fn this_machine(engine: &mut EngineConfig, config: &Config) -> anyhow::Result<PlanMachine> {
@@ -63,8 +82,9 @@ fn limited(mut machine: PlanMachine, engine: &EngineConfig) -> PlanMachine {
     machine
 }
 
-fn as_json(plan: &Plan) -> Value {
+fn as_json(plan: &Plan, tuning: &TuneReport) -> Value {
     json!({
+        "tuning": tuning,
         "devices": plan.devices,
         "given_positions": plan.given_positions,
         "host": plan.host,

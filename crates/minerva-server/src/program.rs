@@ -1,5 +1,6 @@
 //! What the two binaries do: read the configuration, then serve, or print something and exit. `minerva rpc-worker` is in
-//! `rpc_worker.rs`, `minerva doctor` in `doctor.rs`, `minerva plan` in `plan_command.rs`.
+//! `rpc_worker.rs`, `minerva doctor` in `doctor.rs`, `minerva plan` in `plan_command.rs`, `minerva tune` in
+//! `tune_command.rs`.
 //!
 //! Exit codes: 0 after a shutdown by signal, 1 when the server or the load failed or nothing can run, 2 for a configuration that cannot be used,
 //! 130 or 143 for a second signal.
@@ -18,7 +19,7 @@ use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Progr
 use crate::load::{Load, Source};
 use crate::server::Server;
 use crate::shutdown::{Signals, end_now};
-use crate::{doctor, limits, logging, plan_command, probing, rpc_worker};
+use crate::{doctor, limits, logging, plan_command, probing, rpc_worker, tune_command};
 
 /// How long a load may take to notice that it was cancelled.
 const CANCEL_TIME: Duration = Duration::from_secs(2);
@@ -58,6 +59,9 @@ fn invoke(program: Program) -> Result<ExitCode, ConfigError> {
         Action::Diagnose => diagnose(&loaded.config),
         Action::Doctor => doctor::run(&loaded.config),
         Action::Plan { machine, json } => plan_command::run(&loaded.config, machine, json),
+        Action::Tune { json } => {
+            tune_command::run(&loaded.config, &loaded.report.source("performance.tune_seconds"), json)
+        }
     })
 }
 

@@ -29,7 +29,7 @@ pub(super) fn run(ready: &Ready) -> anyhow::Result<Tally> {
 
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let mut command = workspace::command(workspace::release_dir().join("minerva-server"));
-    command.arg("--model").arg(model).args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+    command.arg("--model").arg(model).args(["--host", "127.0.0.1", "--port", &port.to_string(), "--tune=off"]);
     let mut server = Server(command.spawn().context("cannot start the server")?);
     server.wait_until_ready(port)?;
 

@@ -1,16 +1,20 @@
 //! Loading rung by rung: a load that fails although it should fit gives way to the next smaller one, and says so.
 
+use std::borrow::Cow;
+
 use minerva_gpu::plan::{PlanError, Rung};
-use minerva_llama::{DeviceBytes, Simulation};
+use minerva_llama::{ContextParams, DeviceBytes, Simulation};
 
 use super::claims::{Claim, Owner};
 use super::machine::Machine;
 use super::placement::Planned;
-use super::{Report, load_rung, overhead, placement, root_cause};
+use super::tuning::{self, Tuning};
+use super::{Report, load_weights, overhead, placement, root_cause, start};
 use crate::backend::Loaded;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
-use crate::status::ModelInfo;
+use crate::status::{ModelInfo, Placement};
+use crate::tune::{TuneReport, TuneSource, TunedSettings};
 
 /// Plans and loads.
 pub(super) fn climb_down(
@@ -64,7 +68,33 @@ struct Failure {
     may_step_down: bool,
 }
 
-/// Asks llama.cpp for the exact figures, compares them with what is free now, and loads.
+/// Settings whose exact size was compared with what is free, and whose room is claimed.
+struct Fitted<'a> {
+    config: Cow<'a, EngineConfig>,
+    rung: Cow<'a, Rung>,
+    context: ContextParams,
+    simulated: Vec<DeviceBytes>,
+    claim: Claim,
+}
+
+/// Asks llama.cpp for the exact figures, compares them with what is free now, and claims it.
+fn fit<'a>(
+    config: Cow<'a, EngineConfig>,
+    rung: Cow<'a, Rung>,
+    planned: &Planned,
+    simulation: &Simulation,
+) -> Result<Fitted<'a>, Box<Failure>> {
+    let context = planned.context_params(&config, &rung);
+    let simulated =
+        simulation.memory_bytes(&context).map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
+    let claim = claim(planned, &rung, &simulated).map_err(|text| {
+        let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
+        Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
+    })?;
+    Ok(Fitted { config, rung, context, simulated, claim })
+}
+
+/// Loads a rung with the settings that were found for it, or are found now.
 fn try_rung(
     config: &EngineConfig,
     planned: &Planned,
@@ -72,17 +102,49 @@ fn try_rung(
     report: &mut Report<'_>,
 ) -> Result<(Loaded, ModelInfo), Box<Failure>> {
     let failed = |error: LoadError| Box::new(Failure::of(error, planned, rung));
-    let (model, context) = (planned.model_params(config, rung), planned.context_params(config, rung));
-    let simulation = Simulation::load(&config.model_path, &model).map_err(|error| failed(error.into()))?;
-    let simulated = simulation.memory_bytes(&context).map_err(|error| failed(error.into()))?;
-    drop(simulation);
-    let claim = claim(planned, rung, &simulated).map_err(|text| {
-        let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
-        Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
-    })?;
+    let model_params = planned.model_params(config, rung);
+    let simulation = Simulation::load(&config.model_path, &model_params).map_err(|error| failed(error.into()))?;
+    let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, &simulation);
+    let with = |settings: &TunedSettings| {
+        let machine = &planned.machine.planned;
+        let (config, rung) = tuning::tuned(config, &planned.model, machine, rung, settings)?;
+        fit(config, rung, planned, &simulation).ok()
+    };
+    let not_now = |settings: &TunedSettings, found: TuneReport| TuneReport {
+        source: TuneSource::Defaults,
+        reason: Some(tuning::does_not_fit(settings)),
+        gain: 1.0,
+        ..found
+    };
+    let (mut fitted, mut found, subject) = match tuning::prepare(config, planned, rung) {
+        Tuning::Not(found) => (by_default()?, found, None),
+        Tuning::Measure(subject) => (by_default()?, TuneReport::default(), Some(subject)),
+        Tuning::Found(settings, found) => match with(&settings) {
+            Some(fitted) => (fitted, found, None),
+            None => (by_default()?, not_now(&settings, found), None),
+        },
+    };
     let free_before = planned.machine.gpu.estimate_memory().map(|memory| memory.free_bytes);
-    let status = planned.status(config, rung, &simulated);
-    let loaded = load_rung(config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
+    let model = load_weights(config, &model_params, report).map_err(failed)?;
+    if let Some(subject) = subject {
+        let default = subject.default.clone();
+        let subject_of = (&model, &simulation, &fitted.context);
+        let (settings, measured) =
+            tuning::measure(config, planned, rung, subject_of, subject, report).map_err(failed)?;
+        found = measured;
+        if settings != default {
+            drop(fitted); // its claim, before the other is made
+            fitted = if let Some(fitted) = with(&settings) {
+                fitted
+            } else {
+                found = not_now(&settings, found);
+                by_default()?
+            };
+        }
+    }
+    let Fitted { config, rung, context, simulated, claim } = fitted;
+    let status = Placement { tuning: found, ..planned.status(&config, &rung, &simulated) };
+    let loaded = start(&config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
     if let (Ok(before), Ok(after), false) = (free_before, planned.machine.gpu.estimate_memory(), rung.is_cpu()) {
         let device = planned.machine.gpu.device();
         let tensors: u64 = simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum();

@@ -4,7 +4,7 @@ use minerva_gpu::estimate::HostTraits;
 use minerva_gpu::gguf::GgmlType;
 use minerva_gpu::plan::{PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
 use minerva_gpu::{
-    BuildBackends, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate, MemoryKind,
+    BuildBackends, CpuInfo, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate, MemoryKind,
 };
 use minerva_llama::{Device, DeviceKind};
 
@@ -42,7 +42,7 @@ impl Machine {
         let mut machine = Self { gpu, planned, llama_indices: Vec::new(), addresses: Vec::new() };
         machine.add_local_devices(config.device)?;
         for device in minerva_llama::devices().iter().filter(|device| rpc.contains(&device.index)) {
-            machine.add_rpc_device(device, n_threads(config, &machine.gpu));
+            machine.add_rpc_device(device, n_threads(config, &machine.gpu.machine().cpu));
         }
         if !machine.planned.devices.is_empty() {
             machine.measure_host(config); // what is better left on it depends on how slow it is
@@ -53,7 +53,7 @@ impl Machine {
     /// Takes what the host really reads per second for what hosts usually do.
     pub(super) fn measure_host(&mut self, config: &EngineConfig) {
         let cpu = minerva_llama::devices().into_iter().find(|device| device.kind == DeviceKind::Cpu);
-        let n_threads = n_threads(config, &self.gpu);
+        let n_threads = n_threads(config, &self.gpu.machine().cpu);
         if let Some(speed) = cpu.and_then(|cpu| measured(&cpu, n_threads)) {
             self.planned.host.bandwidth = speed.bandwidth;
         }
@@ -115,8 +115,8 @@ impl Machine {
 }
 
 /// Compute threads of a step: all that the process may use, unless the user says.
-pub(super) fn n_threads(config: &EngineConfig, gpu: &GpuContext) -> u32 {
-    config.n_threads.unwrap_or_else(|| u32::try_from(gpu.machine().cpu.threads).unwrap_or(1))
+pub(super) fn n_threads(config: &EngineConfig, cpu: &CpuInfo) -> u32 {
+    config.n_threads.unwrap_or_else(|| u32::try_from(cpu.threads).unwrap_or(1))
 }
 
 fn local(device: &DeviceInfo) -> PlanDevice {

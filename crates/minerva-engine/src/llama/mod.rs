@@ -6,9 +6,9 @@ mod ladder;
 mod machine;
 mod overhead;
 mod placement;
-mod remembered;
 mod speeds;
 mod tokenizer;
+mod tuning;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -25,8 +25,9 @@ use crate::backend::Loaded;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
 use crate::status::{BuildInfo, DeviceMemory, LoadProgress, ModelInfo, Placement};
+use crate::tune::TuneReport;
 
-type Report<'a> = dyn FnMut(&LoadProgress) -> ControlFlow<()> + 'a;
+type Report<'a> = dyn FnMut(&LoadProgress) -> ControlFlow<()> + Send + 'a;
 
 /// Plans, loads, warms up. A load that fails gives way to a smaller one where the configuration allows it.
 pub(crate) fn load(config: &EngineConfig, report: &mut Report<'_>) -> Result<(Loaded, ModelInfo), LoadError> {
@@ -43,9 +44,10 @@ fn probed(config: &EngineConfig) -> Result<Machine, LoadError> {
     Machine::of(config, build_backends())
 }
 
-/// Plans a load without doing it.
-pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
-    placement::plan_for(config, machine)
+/// Plans a load without doing it, with the settings that an earlier load found, if one did.
+pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<(Plan, TuneReport), LoadError> {
+    let (model, plan) = placement::plan_for(config, machine)?;
+    Ok(tuning::planned(config, &model, machine, plan))
 }
 
 /// This machine, for a plan that people read: its speed is measured even where it decides nothing.
@@ -55,31 +57,36 @@ pub(crate) fn machine(config: &EngineConfig) -> Result<PlanMachine, LoadError> {
     Ok(machine.planned)
 }
 
-/// Loads one rung of a plan.
-fn load_rung(
-    config: &EngineConfig,
-    model_params: &ModelParams,
-    context_params: &ContextParams,
-    context_tokens: u32,
-    placement: Placement,
-    claim: Claim,
-    report: &mut Report<'_>,
-) -> Result<(Loaded, ModelInfo), LoadError> {
-    tracing::debug!("Loading model with gpu_layers={}", model_params.n_gpu_layers);
-    let weights = &mut |fraction: f32| match progress(report, "weights", 0.05 + 0.85 * fraction) {
+/// Loads the weights of one rung of a plan.
+fn load_weights(config: &EngineConfig, params: &ModelParams, report: &mut Report<'_>) -> Result<Arc<Model>, LoadError> {
+    tracing::debug!("Loading model with gpu_layers={}", params.n_gpu_layers);
+    let weights = &mut |fraction: f32| match progress(report, "weights", 0.05 + 0.8 * fraction) {
         Ok(()) => ControlFlow::Continue(()),
         Err(_) => ControlFlow::Break(()),
     };
-    let model = Model::load(&config.model_path, model_params, weights).map_err(|error| match error {
+    let model = Model::load(&config.model_path, params, weights).map_err(|error| match error {
         minerva_llama::LoadError::Cancelled => LoadError::Cancelled,
         error => LoadError::Llama(error),
     })?;
     if !model.is_generative() {
         return Err(LoadError::NotGenerative { name: config.model_name() });
     }
-    progress(report, "context", 0.9)?;
-    let tokenizer = LlamaTokenizer::new(&model, config.chat_template.as_deref())?;
-    let context = Context::new(&model, context_params)?;
+    Ok(model)
+}
+
+/// Makes the context over loaded weights and computes a first token.
+fn start(
+    config: &EngineConfig,
+    model: &Arc<Model>,
+    context_params: &ContextParams,
+    context_tokens: u32,
+    placement: Placement,
+    claim: Claim,
+    report: &mut Report<'_>,
+) -> Result<(Loaded, ModelInfo), LoadError> {
+    progress(report, "context", 0.93)?;
+    let tokenizer = LlamaTokenizer::new(model, config.chat_template.as_deref())?;
+    let context = Context::new(model, context_params)?;
     let has_chat_template = tokenizer.has_chat_template();
     let context_length_tokens = context_tokens.min(context.n_ctx_seq());
     let mut backend = LlamaBackend::new(context, claim);
@@ -124,7 +131,7 @@ fn progress(report: &mut Report<'_>, stage: &str, fraction: f32) -> Result<(), L
     }
 }
 
-fn root_cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
         error = source;

@@ -3,7 +3,7 @@
 
 use minerva_gpu::DeviceInfo;
 
-use super::remembered;
+use crate::remembered;
 
 const FILE: &str = "device-overheads.json";
 

@@ -9,21 +9,23 @@ use super::machine::{Machine, n_threads};
 use crate::config::{EngineConfig, FlashAttention, KvType};
 use crate::error::LoadError;
 use crate::status::{DeviceMemory, Placement};
+use crate::tune::TuneReport;
 
 /// A plan and the machine that it was made for.
 pub(super) struct Planned {
     pub(super) machine: Machine,
     pub(super) plan: Plan,
+    pub(super) model: ModelShape,
 }
 
 /// Plans for a machine that was looked at.
 pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
-    let plan = plan_for(config, &machine.planned)?;
-    Ok(Planned { machine, plan })
+    let (model, plan) = plan_for(config, &machine.planned)?;
+    Ok(Planned { machine, plan, model })
 }
 
 /// Reads the header and plans.
-pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
+pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<(ModelShape, Plan), LoadError> {
     let header = Header::open(&config.model_path)?;
     let model = ModelShape::of(&header).map_err(LoadError::Estimate)?;
     let wishes = config.wishes();
@@ -31,7 +33,7 @@ pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<P
         let trained = model.context_train_tokens;
         tracing::warn!("a context of {context} tokens is more than the {trained} that the model was trained for");
     }
-    minerva_gpu::plan::plan(&model, &wishes, machine).map_err(|problem| match problem {
+    let plan = minerva_gpu::plan::plan(&model, &wishes, machine).map_err(|problem| match problem {
         PlanError::Wish { setting, problem } => LoadError::Setting { name: setting, problem },
         PlanError::OutOfMemory { .. } if !config.fallback_to_cpu => {
             // Nothing else may run; the table says what would.
@@ -41,7 +43,8 @@ pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<P
             LoadError::NoFallback { problem: problem.to_string(), table }
         }
         problem => LoadError::Plan(problem),
-    })
+    })?;
+    Ok((model, plan))
 }
 
 impl Planned {
@@ -60,7 +63,7 @@ impl Planned {
     pub(super) fn context_params(&self, config: &EngineConfig, rung: &Rung) -> ContextParams {
         let settings = &rung.settings;
         let LoadSettings { context_tokens, n_sequences, batch_tokens, ubatch_tokens, .. } = *settings;
-        let n_threads = n_threads(config, &self.machine.gpu);
+        let n_threads = n_threads(config, &self.machine.gpu.machine().cpu);
         ContextParams {
             n_ctx: context_tokens,
             n_batch: batch_tokens,
@@ -69,8 +72,8 @@ impl Planned {
             n_threads,
             n_threads_batch: config.n_threads_batch.unwrap_or(n_threads),
             flash_attention: config.flash_attention.into(),
-            type_k: llama_type(settings.cache_type_k),
-            type_v: llama_type(settings.cache_type_v),
+            type_k: kv_type(settings.cache_type_k).into(),
+            type_v: kv_type(settings.cache_type_v).into(),
             kv_unified: settings.kv_unified,
             full_windows: settings.full_windows,
         }
@@ -117,6 +120,7 @@ impl Planned {
                 (true, ExtraBuffers::Usable) => "on".to_owned(),
                 (true, _) => "off: the compiler's AMX code would fault on this CPU".to_owned(),
             },
+            tuning: TuneReport::default(),
             memory: memory.collect(),
             limit_bytes: self.limit_bytes(rung),
         }
@@ -175,7 +179,7 @@ impl EngineConfig {
     }
 }
 
-fn ggml_type(kv_type: KvType) -> GgmlType {
+pub(super) fn ggml_type(kv_type: KvType) -> GgmlType {
     match kv_type {
         KvType::F32 => GgmlType::F32,
         KvType::F16 => GgmlType::F16,
@@ -190,16 +194,16 @@ fn ggml_type(kv_type: KvType) -> GgmlType {
 }
 
 /// The planner chooses only among the types that [`ggml_type`] names.
-fn llama_type(ggml_type: GgmlType) -> minerva_llama::KvType {
+pub(super) fn kv_type(ggml_type: GgmlType) -> KvType {
     match ggml_type {
-        GgmlType::F32 => minerva_llama::KvType::F32,
-        GgmlType::BF16 => minerva_llama::KvType::Bf16,
-        GgmlType::Q8_0 => minerva_llama::KvType::Q8_0,
-        GgmlType::Q5_1 => minerva_llama::KvType::Q5_1,
-        GgmlType::Q5_0 => minerva_llama::KvType::Q5_0,
-        GgmlType::Q4_1 => minerva_llama::KvType::Q4_1,
-        GgmlType::Q4_0 => minerva_llama::KvType::Q4_0,
-        GgmlType::IQ4_NL => minerva_llama::KvType::Iq4Nl,
-        _ => minerva_llama::KvType::F16,
+        GgmlType::F32 => KvType::F32,
+        GgmlType::BF16 => KvType::Bf16,
+        GgmlType::Q8_0 => KvType::Q8_0,
+        GgmlType::Q5_1 => KvType::Q5_1,
+        GgmlType::Q5_0 => KvType::Q5_0,
+        GgmlType::Q4_1 => KvType::Q4_1,
+        GgmlType::Q4_0 => KvType::Q4_0,
+        GgmlType::IQ4_NL => KvType::Iq4Nl,
+        _ => KvType::F16,
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use minerva_llama::Device;
 use serde::{Deserialize, Serialize};
 
-use super::remembered;
+use crate::remembered;
 
 const FILE: &str = "device-speeds.json";
 

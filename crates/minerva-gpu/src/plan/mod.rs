@@ -171,3 +171,18 @@ pub enum PlanError {
 pub fn plan(model: &ModelShape, wishes: &Wishes, machine: &PlanMachine) -> Result<Plan, PlanError> {
     search::Search::new(model, wishes, machine)?.plan()
 }
+
+/// A rung of such a plan with other settings of the same load: as many cells and sequences, the same placement. `None` where that does
+/// not fit, or takes more of the host than Minerva takes by itself while the rung does not.
+///
+/// The wishes and the machine are those that the rung was planned for; whether the settings are what the user wants is the
+/// caller's to know.
+pub fn with_settings(
+    model: &ModelShape,
+    wishes: &Wishes,
+    machine: &PlanMachine,
+    rung: &Rung,
+    settings: &LoadSettings,
+) -> Option<Rung> {
+    search::Search::new(model, wishes, machine).ok()?.with_settings(rung, settings)
+}

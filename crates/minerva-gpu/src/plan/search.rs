@@ -328,6 +328,19 @@ impl<'a> Search<'a> {
         Ok(rung)
     }
 
+    /// The rung with other settings in the same places, if that fits.
+    pub(super) fn with_settings(&self, rung: &Rung, settings: &LoadSettings) -> Option<Rung> {
+        let estimate = self.estimate(settings, &rung.placement);
+        let is_over = self.over(&estimate).iter().any(|&bytes| bytes > 0) || self.host_excess(&estimate) > 0;
+        let is_larger = estimate.host.total_bytes() > rung.estimate.host.total_bytes();
+        let is_beyond_share = rung.is_cpu() && is_larger && !self.is_within_share(&estimate);
+        if is_over || is_beyond_share {
+            return None;
+        }
+        let speed = speed::predict(self.model, settings, &rung.placement, &self.devices, &self.host);
+        Some(Rung { settings: settings.clone(), estimate, speed, ..rung.clone() })
+    }
+
     /// Whether the host gives no more than Minerva takes by itself. Mapped weights that are more than that already are the
     /// user's wish: then only what is allocated counts.
     fn is_within_share(&self, estimate: &Estimate) -> bool {

@@ -163,6 +163,35 @@ fn each_rung_takes_less_than_the_one_above_and_the_last_is_the_cpu() {
 }
 
 #[test]
+fn other_settings_keep_a_rungs_places_and_must_fit_there() {
+    let (model, wishes) = (shape("llama2-7b-q4_0"), Wishes { n_sequences: Some(1), ..Wishes::default() });
+    let roomy = machine("cuda:24GiB,ram:32GiB");
+    let rung = plan(&model, &wishes, &roomy).unwrap().best().clone();
+    let same = with_settings(&model, &wishes, &roomy, &rung, &rung.settings).unwrap();
+    assert_eq!(same, rung);
+    let without = LoadSettings { flash_attention: false, ..rung.settings.clone() };
+    let without = with_settings(&model, &wishes, &roomy, &rung, &without).unwrap();
+    assert_eq!((&without.placement, without.context_tokens), (&rung.placement, rung.context_tokens));
+    let bytes = |rung: &Rung| rung.estimate.devices[0].total_bytes();
+    assert!(bytes(&without) > bytes(&rung), "scores are stored");
+    // Just enough for the rung itself.
+    let mut tight = roomy.clone();
+    tight.devices[0].limit_bytes = bytes(&rung) + tight.devices[0].overhead_bytes;
+    tight.devices[0].free_bytes = tight.devices[0].limit_bytes;
+    tight.devices[0].total_bytes = tight.devices[0].limit_bytes;
+    assert_eq!(with_settings(&model, &wishes, &tight, &rung, &without.settings), None);
+
+    // On the host alone what is allocated must be there, and the share holds.
+    let host = machine("ram:64GiB");
+    let on_cpu = plan(&model, &wishes, &host).unwrap().best().clone();
+    let wide = LoadSettings { cache_type_k: GgmlType::F32, cache_type_v: GgmlType::F32, ..on_cpu.settings.clone() };
+    assert!(with_settings(&model, &wishes, &host, &on_cpu, &wide).is_some());
+    let mut full = host.clone();
+    full.host.free_bytes = 1 << 30;
+    assert_eq!(with_settings(&model, &wishes, &full, &on_cpu, &wide), None);
+}
+
+#[test]
 fn without_room_and_without_a_fallback_there_is_the_guides_error() {
     let model = shape("llama2-7b-q4_0");
     let wishes = Wishes { cpu_fallback: false, gpu_layers: Some(33), ..Wishes::default() };

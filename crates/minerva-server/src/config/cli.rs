@@ -44,6 +44,11 @@ pub enum Action {
         /// As JSON.
         json: bool,
     },
+    /// Measure the open settings and print what was tried (`minerva tune`).
+    Tune {
+        /// As JSON.
+        json: bool,
+    },
 }
 
 /// How settings are printed.
@@ -96,6 +101,10 @@ impl Invocation {
             }
             if name == "plan" {
                 action = Action::Plan { machine: None, json: inner.get_flag("json") };
+                model = inner.get_one::<String>("model").cloned();
+            }
+            if name == "tune" {
+                action = Action::Tune { json: inner.get_flag("json") };
                 model = inner.get_one::<String>("model").cloned();
             }
             matches = inner; // global arguments are visible from the inside, wherever they were written
@@ -174,7 +183,10 @@ fn command(program: Program) -> Command {
         let model = model.help("The GGUF file, the same as --model");
         let about = "Say what a model will take, and where, without loading it: on this machine, as it would be served with \
             the same flags, or with `--device` on one that does not exist";
-        command = command.subcommand(Command::new("plan").about(about).args([model, json]));
+        command = command.subcommand(Command::new("plan").about(about).args([model.clone(), json.clone()]));
+        let about = "Measure the settings that no flag fixes and print what was tried; a server with the same flags then uses the \
+            result";
+        command = command.subcommand(Command::new("tune").about(about).args([model, json]));
         command = command.subcommand(
             Command::new("doctor").about("Try every device and say what works, what does not, and what to do about it"),
         );

@@ -214,6 +214,11 @@ pub static SETTINGS: &[Setting] = &[
         "Let the CPU backend repack weights for its matrix units (AMX and such).").off("no-repack"),
     setting("performance.mmap", "MINERVA_MMAP", "mmap", Kind::Bool, Initial::Bool(true),
         "Map the model file instead of reading it into memory.").off("no-mmap"),
+    setting("performance.tune", "MINERVA_TUNE", "tune", Kind::OneOf(&["off", "cached", "force"]), Initial::Text("cached"),
+        "Measure the settings that nobody fixed (flash attention, cache type, threads, micro-batch) and take the fastest: `cached` \
+        at the first load of a model on a device, `force` at this one, `off` never. See docs/tuning.md."),
+    setting("performance.tune_seconds", "MINERVA_TUNE_SECONDS", "tune-time", Kind::Seconds { max: 600.0 }, Initial::Seconds(6.0),
+        "How long measuring may take. With 20 s or more the layouts of the cache are compared too; `minerva tune` takes 60 s."),
     setting("performance.token_buffer", "MINERVA_TOKEN_BUFFER", "token-buffer", Kind::Uint { min: 1, max: 4_096, words: &[] },
         Initial::Uint(32),
         "Tokens of one stream that may go out in a single write. It only matters when a client reads slower than the model \

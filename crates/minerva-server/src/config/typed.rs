@@ -4,7 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use minerva_engine::{CacheIsolation, EngineConfig, FlashAttention, KvType, RpcServer, Speculation};
+use minerva_engine::{
+    CacheIsolation, EngineConfig, FlashAttention, KvType, RpcServer, Speculation, TuneConfig, TuneMode,
+};
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +68,13 @@ pub struct PerformanceSettings {
     pub kv_unified: bool,
     pub extra_buffers: bool,
     pub mmap: bool,
+    pub tune: TuneMode,
+    pub tune_seconds: Seconds,
+    /// Not settings: what somebody set to its default wants that default, and tuning leaves it.
+    #[serde(skip)]
+    pub fixed_kv_types: bool,
+    #[serde(skip)]
+    pub fixed_kv_layout: bool,
     pub token_buffer: usize,
     /// In bytes here.
     pub cache_size_mb: Option<u64>,
@@ -144,6 +153,9 @@ impl Config {
         }
         let stronger = report.source("gpu.device") > report.source("gpu.backend");
         self.gpu.device = self.gpu.resolved_device(stronger)?;
+        let is_set = |path: &str| report.source(path) != super::Source::Default;
+        self.performance.fixed_kv_types = is_set("performance.kv_type_k") || is_set("performance.kv_type_v");
+        self.performance.fixed_kv_layout = is_set("performance.kv_unified");
         Ok(())
     }
 
@@ -225,6 +237,12 @@ impl Config {
             speculation: performance.speculation,
             trace_path: performance.trace_file.clone(),
             chat_template,
+            tune: TuneConfig {
+                mode: performance.tune,
+                budget_ms: u64::try_from(performance.tune_seconds.duration().as_millis()).unwrap_or(u64::MAX),
+                fixed_kv_types: performance.fixed_kv_types,
+                fixed_kv_layout: performance.fixed_kv_layout,
+            },
             probe: None, // only a program can be started a second time: `probing`
         })
     }
@@ -332,7 +350,22 @@ mod tests {
     #[test]
     fn the_defaults_of_the_table_are_those_of_the_engine() {
         let config = with(&[("MINERVA_MODEL", "a.gguf")]);
-        assert_eq!(config.engine().unwrap(), EngineConfig::new("a.gguf"));
+        let tune = TuneConfig { mode: TuneMode::Cached, ..TuneConfig::default() };
+        assert_eq!(
+            config.engine().unwrap(),
+            EngineConfig { tune, ..EngineConfig::new("a.gguf") },
+            "only a server tunes"
+        );
+    }
+
+    #[test]
+    fn a_cache_type_that_somebody_set_is_fixed_even_if_it_is_the_default() {
+        let tune = |vars: &[(&str, &str)]| with(&[&[("MINERVA_MODEL", "a")], vars].concat()).engine().unwrap().tune;
+        assert_eq!((tune(&[]).fixed_kv_types, tune(&[]).fixed_kv_layout), (false, false));
+        assert!(tune(&[("MINERVA_KV_TYPE_V", "f16")]).fixed_kv_types);
+        assert!(tune(&[("MINERVA_KV_UNIFIED", "false")]).fixed_kv_layout);
+        let set = tune(&[("MINERVA_TUNE", "force"), ("MINERVA_TUNE_SECONDS", "1.5")]);
+        assert_eq!((set.mode, set.budget_ms), (TuneMode::Force, 1500));
     }
 
     #[test]

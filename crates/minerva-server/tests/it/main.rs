@@ -35,3 +35,4 @@ mod server;
 mod shutdown;
 mod stream;
 mod terms;
+mod tune;

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -11,14 +12,28 @@ use serde::de::DeserializeOwned;
 /// For names of files that are not whole yet.
 static N_WRITTEN: AtomicU64 = AtomicU64::new(0);
 
+/// A larger file is none of ours.
+const MOST_BYTES: u64 = 4 << 20;
+
 /// All entries; none where there is no file, or no such file.
-pub(super) fn read<T: DeserializeOwned>(file: &str) -> BTreeMap<String, T> {
-    let text = path(file).and_then(|path| fs::read_to_string(path).ok());
-    text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+pub(crate) fn read<T: DeserializeOwned>(file: &str) -> BTreeMap<String, T> {
+    let bytes = path(file).and_then(|path| bounded(&path).ok());
+    bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+fn bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    fs::File::open(path)?.take(MOST_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Whether there is a place to keep anything.
+pub(crate) fn is_possible() -> bool {
+    crate::cache::cache_dir().is_some_and(|folder| fs::create_dir_all(folder).is_ok())
 }
 
 /// Replaces all entries. Nothing is lost but time when that fails.
-pub(super) fn write<T: Serialize>(file: &str, all: &BTreeMap<String, T>) {
+pub(crate) fn write<T: Serialize>(file: &str, all: &BTreeMap<String, T>) {
     if let Err(problem) = try_write(file, all) {
         tracing::debug!(%problem, "{file} is not written");
     }
