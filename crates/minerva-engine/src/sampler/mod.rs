@@ -232,7 +232,7 @@ impl Sampler {
     ) -> Result<Sampled, SampleError> {
         self.check_length(logits)?;
         if n_top_logprobs.is_some() {
-            Field::new(logits, &mut self.scratch);
+            Field::new(Row::new(logits), &mut self.scratch);
         }
         self.report(token, logits, n_top_logprobs)
     }
