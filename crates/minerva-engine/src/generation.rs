@@ -191,6 +191,32 @@ impl Generation {
             Some(sampled) => sampled?,
             None => choice.sample(logits, &self.banned, self.n_logprobs)?,
         };
+        self.take(at, sampled, tokenizer, now)
+    }
+
+    /// Takes the next token of the choice in `seq` without any scores, where its grammar leaves only one and nobody wants to know how
+    /// likely it was.
+    pub(crate) fn force(
+        &mut self,
+        seq: SeqId,
+        tokenizer: &dyn Tokenizer,
+        now: Instant,
+    ) -> Option<Result<Advance, GenerationError>> {
+        let at = self.seqs.iter().position(|&own| own == Some(seq))?;
+        let token = self.choices[at].matcher.as_ref().filter(|_| self.n_logprobs.is_none())?.forced()?;
+        let sampled = Sampled { token, logprob: None, top: Vec::new() };
+        Some(self.take(at, sampled, tokenizer, now))
+    }
+
+    /// The choice at `at` goes on with a token: sends what of its text can go out, and ends it where it ends.
+    fn take(
+        &mut self,
+        at: usize,
+        sampled: Sampled,
+        tokenizer: &dyn Tokenizer,
+        now: Instant,
+    ) -> Result<Advance, GenerationError> {
+        let choice = &mut self.choices[at];
         choice.sampler.accept(sampled.token);
         choice.n_generated += 1;
         self.first_token.get_or_insert(now);

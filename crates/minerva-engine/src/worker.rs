@@ -11,6 +11,7 @@ use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
 use crate::parking::Parking;
+use crate::request::TokenId;
 use crate::sampling_pool::{self, SamplingPool};
 use crate::scheduler::{Admission, CacheOp, Copy, Job, RequestId, Step, Terms, Traced};
 use crate::serving::Serving;
@@ -358,11 +359,32 @@ impl Worker {
             return false;
         };
         let advance = generation.advance(seq, logits, &*self.tokenizer, now);
+        let Some(token) = self.follow_up(id, seq, advance, now) else { return false };
+        if self.scheduler.sampled(seq, token) {
+            return true;
+        }
+        // What a grammar forces needs no scores: it is computed in one step with what comes before it.
+        while let Some(generation) = self.generations.get_mut(&id) {
+            let Some(advance) = generation.force(seq, &*self.tokenizer, now) else { break };
+            let Some(token) = self.follow_up(id, seq, advance, now) else { break };
+            self.scheduler.sampled(seq, token);
+        }
+        false
+    }
+
+    /// What becomes of a request after one more token; the token, if the sequence goes on with it.
+    fn follow_up(
+        &mut self,
+        id: RequestId,
+        seq: SeqId,
+        advance: Result<Advance, GenerationError>,
+        now: Instant,
+    ) -> Option<TokenId> {
         self.shared.count_generated();
         match advance {
-            Ok(Advance::Continues(token)) => return self.scheduler.sampled(seq, token),
+            Ok(Advance::Continues(token)) => return Some(token),
             Ok(Advance::Finished) => {
-                let done = generation.is_done();
+                let done = self.generations.get(&id).is_some_and(Generation::is_done);
                 self.release(seq);
                 if done {
                     self.finish(id, now);
@@ -371,7 +393,7 @@ impl Worker {
             Ok(Advance::NobodyListens) => self.cancel(id),
             Err(error) => self.fail(id, error),
         }
-        false
+        None
     }
 
     fn finish(&mut self, id: RequestId, now: Instant) {

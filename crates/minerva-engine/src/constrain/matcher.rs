@@ -1,8 +1,8 @@
 //! The grammar of one choice while it runs: which tokens may come next, and whether it has ended.
 //!
 //! After each token what may follow depends on the grammar alone, so [`Masks`] computes it while the backend computes the
-//! step that the sampler needs it for. Where the grammar leaves no choice it runs ahead: the forced tokens are known at once,
-//! and so is what follows them.
+//! step that the sampler needs it for. Where the grammar leaves no choice it runs ahead: the forced tokens are known at once, before
+//! the mask behind them is.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -29,8 +29,8 @@ pub(crate) struct Matcher {
 enum State {
     /// The grammar, behind the tokens that are forced, and what may come next.
     Here(Box<llguidance::Matcher>, Next),
-    /// It is being computed, or was and waits to be fetched.
-    Away(Receiver<Computed>),
+    /// The tokens that are forced; what may come behind them is being computed, or was and waits to be fetched.
+    Away(VecDeque<TokenId>, Receiver<Computed>),
     /// Something failed before; nothing may follow.
     Failed,
 }
@@ -44,7 +44,7 @@ pub(super) struct Next {
     then: Option<Arc<TokenMask>>,
 }
 
-type Computed = (Box<llguidance::Matcher>, Result<Next, String>);
+type Computed = (Box<llguidance::Matcher>, Result<Arc<TokenMask>, String>);
 
 /// A grammar that failed while it ran: its request ends, others go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -80,20 +80,19 @@ impl Matcher {
     /// # Errors
     /// [`MatchError`]: the grammar is too complex at this place.
     pub(crate) fn allowed(&mut self) -> Result<Allowed, MatchError> {
-        if let Some(&token) = self.forced()?.front() {
+        if let Some(token) = self.forced() {
             return Ok(Allowed::Only(token));
         }
         let mask = self.next()?.then.as_ref().ok_or_else(|| MatchError("it has ended".into()))?;
         Ok(Allowed::Any(Arc::clone(mask)))
     }
 
-    /// The tokens that must come next, whatever the model says: they can be computed in one step. Empty where the model has
-    /// a choice.
-    ///
-    /// # Errors
-    /// As [`allowed`](Self::allowed).
-    pub(crate) fn forced(&mut self) -> Result<&VecDeque<TokenId>, MatchError> {
-        self.next().map(|next| &next.forced)
+    /// The token that must come next, whatever the model says. `None` where the model has a choice. Waits for nothing.
+    pub(crate) fn forced(&self) -> Option<TokenId> {
+        match &self.state {
+            State::Here(_, Next { forced, .. }) | State::Away(forced, _) => forced.front().copied(),
+            State::Failed => None,
+        }
     }
 
     /// Takes the token that was chosen among the [`allowed`](Self::allowed) ones, and sends for what may follow it.
@@ -101,40 +100,44 @@ impl Matcher {
     /// # Errors
     /// [`MatchError`]: the token was not allowed, or the grammar is too complex.
     pub(crate) fn accept(&mut self, token: TokenId) -> Result<Progress, MatchError> {
-        let State::Here(mut grammar, mut next) = std::mem::replace(&mut self.state, State::Failed) else {
-            return Err(MatchError("a token came before it was asked for".into()));
-        };
-        if let Some(forced) = next.forced.pop_front() {
-            if forced != token {
+        if let State::Here(_, Next { forced, .. }) | State::Away(forced, _) = &mut self.state
+            && let Some(only) = forced.pop_front()
+        {
+            if only != token {
+                self.state = State::Failed;
                 return Err(MatchError("another token was forced".into()));
             }
-            let has_ended = next.forced.is_empty() && next.then.is_none();
-            self.state = State::Here(grammar, next);
+            let has_ended = matches!(&self.state, State::Here(_, next) if next.is_nothing());
             return Ok(if has_ended { Progress::Ended } else { Progress::Goes });
         }
+        let State::Here(mut grammar, _) = std::mem::replace(&mut self.state, State::Failed) else {
+            return Err(MatchError("a token came before it was asked for".into()));
+        };
         grammar.consume_token(token.cast_unsigned()).map_err(|error| MatchError(first_line(&error)))?;
         if has_ended(&grammar).map_err(MatchError)? {
             return Ok(Progress::Ended);
         }
-        self.state = State::Away(self.masks.compute(grammar));
+        let forced = run_ahead(&mut grammar);
+        self.state = if has_ended(&grammar).map_err(MatchError)? {
+            State::Here(grammar, Next { forced, then: None })
+        } else {
+            State::Away(forced, self.masks.compute(grammar))
+        };
         Ok(Progress::Goes)
     }
 
     fn next(&mut self) -> Result<&Next, MatchError> {
-        if let State::Away(computed) = &self.state {
-            let (grammar, next) =
-                computed.recv().map_err(|_| MatchError("the thread that computes masks has ended".into()))?;
-            self.state = match next {
-                Ok(next) => State::Here(grammar, next),
-                Err(problem) => {
-                    self.state = State::Failed;
-                    return Err(MatchError(problem));
-                }
-            };
+        if let State::Away(forced, computed) = &mut self.state {
+            let forced = std::mem::take(forced);
+            let computed = computed.recv();
+            self.state = State::Failed;
+            let (grammar, mask) =
+                computed.map_err(|_| MatchError("the thread that computes masks has ended".into()))?;
+            self.state = State::Here(grammar, Next { forced, then: Some(mask.map_err(MatchError)?) });
         }
         match &self.state {
             State::Here(_, next) => Ok(next),
-            State::Away(_) | State::Failed => Err(MatchError("it failed before".into())),
+            State::Away(..) | State::Failed => Err(MatchError("it failed before".into())),
         }
     }
 }
@@ -143,7 +146,7 @@ impl std::fmt::Debug for Matcher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let state = match self.state {
             State::Here(..) => "here",
-            State::Away(_) => "away",
+            State::Away(..) => "away",
             State::Failed => "failed",
         };
         f.debug_tuple("Matcher").field(&state).finish()
@@ -166,15 +169,22 @@ fn has_ended(grammar: &llguidance::Matcher) -> Result<bool, String> {
 
 /// What may come next; moves `grammar` behind the tokens that must.
 pub(super) fn compute_next(grammar: &mut llguidance::Matcher) -> Result<Next, String> {
-    let forced = grammar.consume_ff_tokens().into_iter().map(u32::cast_signed).collect();
-    if has_ended(grammar)? {
-        return Ok(Next { forced, then: None });
-    }
+    let forced = run_ahead(grammar);
+    let then = if has_ended(grammar)? { None } else { Some(compute_mask(grammar)?) };
+    Ok(Next { forced, then })
+}
+
+/// Moves `grammar` behind the tokens that must come next.
+fn run_ahead(grammar: &mut llguidance::Matcher) -> VecDeque<TokenId> {
+    grammar.consume_ff_tokens().into_iter().map(u32::cast_signed).collect()
+}
+
+fn compute_mask(grammar: &mut llguidance::Matcher) -> Result<Arc<TokenMask>, String> {
     let words = grammar.compute_mask().map_err(|error| match grammar.stop_reason() {
         StopReason::NoExtensionBias => "no token of the vocabulary can come next".into(),
         _ => first_line(&error),
     })?;
-    Ok(Next { forced, then: Some(Arc::new(TokenMask::from_words(words.as_slice()))) })
+    Ok(Arc::new(TokenMask::from_words(words.as_slice())))
 }
 
 impl Next {
@@ -227,7 +237,7 @@ fn work(queue: &Mutex<Receiver<Job>>) {
         // The lock is held while waiting, and free again before the work: another thread waits behind it.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { mut grammar, answer }) = job else { return };
-        let next = compute_next(&mut grammar); // a panic in there comes back as an error
-        let _ = answer.send((grammar, next)); // nobody waits for that of a request that was cancelled
+        let mask = compute_mask(&mut grammar); // a panic in there comes back as an error
+        let _ = answer.send((grammar, mask)); // nobody waits for that of a request that was cancelled
     }
 }

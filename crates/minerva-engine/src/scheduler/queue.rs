@@ -1,6 +1,7 @@
 //! Who waits, and who is next: the best priority first, then the client with the fewest sequences, then the earliest deadline.
 //!
-//! Priorities age, so that nobody waits for ever behind better ones. Between clients of the same priority, the one who has fewer
+//! Priorities age, so that nobody waits for ever behind better ones; at best to the best that waits, so that it is never age that decides
+//! between clients. Between clients of the same priority, the one who has fewer
 //! sequences running is next, and with as many the one who was served longer ago: a client with two hundred requests
 //! and one with a single request get the same share of the seats.
 
@@ -39,9 +40,10 @@ pub(super) struct Resume {
 }
 
 impl Waiting {
-    /// Lower is earlier.
-    fn rank(&self, now_us: u64) -> i64 {
-        i64::from(self.job.terms.priority) - (now_us.saturating_sub(self.since_us) / AGING_US) as i64
+    /// Lower is earlier, and `best` is the earliest.
+    fn rank(&self, now_us: u64, best: i32) -> i64 {
+        let aged = i64::from(self.job.terms.priority) - (now_us.saturating_sub(self.since_us) / AGING_US) as i64;
+        aged.max(i64::from(best))
     }
 
     fn due_us(&self) -> u64 {
@@ -118,10 +120,11 @@ impl Queue {
 
     /// The place of the next one; `n_running` is how many sequences a client has.
     pub(super) fn next(&self, now_us: u64, n_running: impl Fn(ClientId) -> usize) -> Option<usize> {
+        let best = self.waiting.iter().map(|waiting| waiting.job.terms.priority).min()?;
         (0..self.waiting.len()).min_by_key(|&at| {
             let waiting = &self.waiting[at];
             let client = waiting.job.terms.client;
-            (waiting.rank(now_us), n_running(client), self.served(client), waiting.due_us(), waiting.order)
+            (waiting.rank(now_us, best), n_running(client), self.served(client), waiting.due_us(), waiting.order)
         })
     }
 

@@ -32,6 +32,8 @@ pub(super) struct Seat {
     n_right: usize,
     /// Whether the guesses are in the cache, and not only asked for.
     is_guess_computed: bool,
+    /// Something else was sampled: what follows now is not what was guessed, whichever token it is.
+    is_guess_over: bool,
     trust: Trust,
     /// Steps since the owner came here.
     n_steps: u32,
@@ -347,6 +349,7 @@ impl Seats {
         seat.guessed.clear();
         seat.n_right = 0;
         seat.is_guess_computed = false;
+        seat.is_guess_over = false;
         // The last token that it may have needs no guess after it: nothing is sampled there.
         let most = most.min(seat.n_left().saturating_sub(1));
         if !seat.guess || most == 0 {
@@ -398,11 +401,12 @@ impl Seats {
     pub(super) fn sampled(&mut self, seq: SeqId, token: TokenId) -> bool {
         let seat = self.at(seq);
         seat.tokens.push(token);
-        let is_right = seat.is_guess_computed && seat.guessed.get(seat.n_right) == Some(&token);
+        let is_right = seat.is_guess_computed && !seat.is_guess_over && seat.guessed.get(seat.n_right) == Some(&token);
         if is_right {
             seat.n_right += 1;
             seat.n_cells += 1;
         }
+        seat.is_guess_over = !is_right;
         is_right
     }
 

@@ -165,6 +165,13 @@ fn requests_are_taken_in_order_of_priority_deadline_and_arrival_and_the_late_one
         scheduler.release(0);
     }
     assert_eq!(order, "cba");
+    // However long a client has waited, the one with fewer sequences is next.
+    let mut scheduler_of_two = Scheduler::new(limits(2, 16), Policy::default());
+    for (name, client, at_us) in [("a", 1, 0), ("b", 1, 1), ("x", 2, 90_000_000)] {
+        scheduler_of_two.enqueue(request(name).prompt(2).of_client(client).job(), at_us);
+    }
+    let next = |scheduler: &mut Scheduler| scheduler.admit(90_000_001).map(|admission| admission.id as u8 as char);
+    assert_eq!([next(&mut scheduler_of_two), next(&mut scheduler_of_two)], [Some('a'), Some('x')]);
     let (late, now_us) = (request("f").prompt(2).priority(0).job(), 75_000_000);
     scheduler.enqueue(late, now_us);
     assert_eq!(scheduler.admit(now_us).map(|admission| admission.id), Some(u64::from(b'e')), "it waited 75 s");

@@ -69,3 +69,19 @@ fn a_request_that_wants_no_guesses_gets_none() {
     "#]]
     .assert_eq(&trace);
 }
+
+#[test]
+fn tokens_that_have_to_follow_are_computed_in_one_step() {
+    let trace = simulate(limits(2, 16), &[Script { forces: true, ..request("a").prompt(3).generate(14) }]);
+    expect![[r#"
+        tick 0 | a prefill 0..3
+        tick 1 | a decode
+        tick 2 | a decode
+        tick 3 | a decode and 3
+        tick 4 | a decode
+        tick 5 | a decode
+        tick 6 | a decode and 3
+        tick 7 | a decode
+    "#]]
+    .assert_eq(&trace);
+}

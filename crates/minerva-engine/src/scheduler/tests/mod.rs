@@ -39,6 +39,8 @@ struct Script {
     /// What is generated repeats itself after so many tokens.
     period: Option<usize>,
     guess: bool,
+    /// Some of what is generated follows without being sampled.
+    forces: bool,
     terms: Terms,
     cancelled_at: Option<usize>,
 }
@@ -56,6 +58,7 @@ fn request(name: &str) -> Script {
         reuse: true,
         period: None,
         guess: true,
+        forces: false,
         terms: Terms::default(),
         cancelled_at: None,
     }
@@ -112,6 +115,11 @@ impl Script {
 
     fn without_reuse(self) -> Self {
         Self { reuse: false, ..self }
+    }
+
+    /// Whether the token at a place of the answer has to follow: three of every six.
+    fn is_forced(&self, place: u32) -> bool {
+        self.forces && place % 6 >= 3
     }
 
     fn max_tokens(&self) -> u32 {

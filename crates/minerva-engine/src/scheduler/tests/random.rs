@@ -18,14 +18,15 @@ prop_compose! {
         n_spare in 0_u32..6,
         reuse in prop::bool::weighted(0.8),
         client in 0_u64..3,
-        period in prop::option::of(1_usize..5),
+        (period, forces) in (prop::option::of(1_usize..5), any::<bool>()),
         priority in prop::sample::select(vec![0_i32, 0, 0, -1, 2]),
         cancelled_after in prop::option::weighted(0.3, 0_usize..12),
     ) -> Script {
         let cancelled_at = cancelled_after.map(|ticks| at_tick + ticks);
         let terms = Terms { client, priority, namespace: client % 2, ..Terms::default() };
         let script =
-            Script { id: 0, at_tick, prompt: Vec::new(), n, n_generate, n_spare, reuse, period, guess: true, terms, cancelled_at };
+            Script { id: 0, at_tick, prompt: Vec::new(), n, n_generate, n_spare, reuse, period, guess: true,
+            forces, terms, cancelled_at };
         // Own parts have tokens in common too, and at least one, so that no prompt is empty.
         script.text(text, 0..n_shared).text(2, n_own..n_own + 1 + n_own)
     }

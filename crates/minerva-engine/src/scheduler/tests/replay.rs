@@ -359,6 +359,20 @@ impl Replay {
     }
 
     fn sampled(&mut self, seq: SeqId) -> bool {
+        let was_guessed = self.sampled_one(seq);
+        while !was_guessed && self.is_forced(seq) {
+            self.sampled_one(seq);
+        }
+        was_guessed
+    }
+
+    /// Whether the next token follows without any scores.
+    fn is_forced(&self, seq: SeqId) -> bool {
+        let live = self.owners[seq as usize].and_then(|id| self.live.get(&id));
+        live.is_some_and(|live| live.script.is_forced(live.n_generated[live.choice(seq) as usize]))
+    }
+
+    fn sampled_one(&mut self, seq: SeqId) -> bool {
         let Some(id) = self.owners[seq as usize] else { return false };
         let live = self.live.get_mut(&id).expect("an owner is live");
         let choice = live.choice(seq);
