@@ -13,6 +13,9 @@ pub type ParkId = u64;
 /// Bytes per microsecond, out and in again: a copy of 4 GB/s each way, which DDR4 and PCIe 3 can both do.
 const COPIED_BYTES_PER_US: u64 = 2_000;
 
+/// Steps wait for a copy. Beside streams nobody copies for longer than this what nobody may ever ask for again.
+const LONGEST_PAUSE_US: u64 = 10_000;
+
 /// Cells in host memory.
 #[derive(Debug)]
 struct Entry {
@@ -77,7 +80,7 @@ impl Parked {
     /// Room for cells that hold `tokens`, where copying them is quicker than computing them. The oldest that nobody goes on from give
     /// way.
     pub(super) fn park(&mut self, tokens: &[TokenId], namespace: u64, is_owned: bool) -> Option<ParkId> {
-        let n_bytes = self.limits.state_bytes + self.limits.cell_bytes * tokens.len() as u64;
+        let n_bytes = self.bytes_of(tokens.len());
         if !self.works || tokens.is_empty() || !self.pays(tokens.len(), n_bytes) || !self.make_room(n_bytes) {
             return None;
         }
@@ -91,6 +94,15 @@ impl Parked {
     fn pays(&self, n_tokens: usize, n_bytes: u64) -> bool {
         let copy_us = (n_bytes / COPIED_BYTES_PER_US) as f64;
         self.token_us <= 0.0 || copy_us < self.token_us * n_tokens as f64
+    }
+
+    /// Whether so many tokens can be copied out without anybody who is listening to a stream noticing.
+    pub(super) fn is_quick(&self, n_tokens: usize) -> bool {
+        self.bytes_of(n_tokens) / COPIED_BYTES_PER_US <= LONGEST_PAUSE_US
+    }
+
+    fn bytes_of(&self, n_tokens: usize) -> u64 {
+        self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64
     }
 
     fn make_room(&mut self, n_bytes: u64) -> bool {
@@ -120,7 +132,7 @@ impl Parked {
 
     /// Fewer tokens of a finished sequence, beyond what others hold of them, are not worth host memory, and not worth fetching.
     pub(super) fn least_tokens(&self) -> usize {
-        (self.limits.n_cells_per_seq as usize / 32).clamp(16, 256)
+        (self.limits.n_cells_per_seq as usize / 8).clamp(16, 256)
     }
 
     /// How many of `tokens` lie here already.

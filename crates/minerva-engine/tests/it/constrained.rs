@@ -27,7 +27,7 @@ fn constrained(constraint: Constraint, seed: u64) -> Request {
     Request { constraint: Some(constraint), sampling, ..Request::text("x") }.max_tokens(500)
 }
 
-fn refusal(engine: &Engine, constraint: Constraint) -> (Option<String>, String) {
+fn refusal(engine: &Engine, constraint: &Constraint) -> (Option<String>, String) {
     match engine.generate_blocking(constrained(constraint.clone(), 0)) {
         Err(RequestError::Constraint(error)) => (error.location, error.problem),
         other => panic!("not refused: {constraint:?} {other:?}"),
@@ -204,7 +204,7 @@ fn what_cannot_be_enforced_is_refused_with_its_place() {
         (json!(false), "", "false"),
         (json!([]), "", "an object or a boolean"),
     ] {
-        let (at, problem) = refusal(&engine, Constraint::JsonSchema(schema.clone()));
+        let (at, problem) = refusal(&engine, &Constraint::JsonSchema(schema.clone()));
         assert_eq!(at.as_deref(), Some(location), "{schema}: {problem}");
         assert!(problem.contains(words), "{schema}: {problem}");
     }
@@ -223,7 +223,7 @@ fn what_cannot_be_enforced_is_refused_with_its_place() {
         (Constraint::Choice(Vec::new()), None, "1 to"),
         (Constraint::Choice(vec!["a".into(), String::new()]), Some("/1"), "empty"),
     ] {
-        let (at, problem) = refusal(&engine, constraint.clone());
+        let (at, problem) = refusal(&engine, &constraint);
         assert_eq!(at.as_deref(), location, "{constraint:?}: {problem}");
         assert!(problem.contains(words), "{constraint:?}: {problem}");
     }
@@ -253,7 +253,8 @@ fn bombs() -> Vec<(&'static str, Constraint)> {
     let props =
         |n: u32| (0..n).map(|i| (format!("p{i}"), json!({"type": "string"}))).collect::<serde_json::Map<_, _>>();
     let doubling_terminals = |n: u32| {
-        (0..n).map(|i| format!("T{i}: T{} T{} \"x\"\n", i + 1, i + 1)).collect::<String>() + &format!("T{n}: \"a\"\n")
+        let terminal = |i: u32| format!("T{i}: T{} T{} \"x\"\n", i + 1, i + 1);
+        (0..n).map(terminal).collect::<String>() + &format!("T{n}: \"a\"\n")
     };
     let rules = |n: u32| -> String {
         let rule = |i: u32| format!("r{i} ::= r{} r{} \"x\"\n", i + 1, i + 1);
@@ -305,7 +306,9 @@ fn bombs() -> Vec<(&'static str, Constraint)> {
             "5,000 Lark rules",
             Constraint::Lark(format!(
                 "start: r0\n{}r5000: \"a\"\n",
-                (0..5_000).map(|i| format!("r{i}: r{}\n", i + 1)).collect::<String>()
+                (0..5_000)
+                    .map(|i| ["r", &i.to_string(), ": r", &(i + 1).to_string(), "\n"].concat())
+                    .collect::<String>()
             )),
         ),
         ("60 Lark terminals that double", Constraint::Lark(format!("start: T0\n{}", doubling_terminals(60)))),

@@ -92,6 +92,9 @@ impl Seats {
         if seat.owner.is_some() || tokens.len() < self.parked.least_tokens() {
             return;
         }
+        if !self.parked.is_quick(tokens.len()) && self.decoding().next().is_some() {
+            return;
+        }
         let others = (0..self.limits.n_seq_max).filter(|&other| other != seq).map(|other| &self.all[other as usize]);
         let n_beside = others.map(|other| other.will_share(tokens, namespace)).max().unwrap_or(0);
         let n_held = n_beside.max(self.parked.n_held(tokens, namespace));
