@@ -118,6 +118,10 @@ pub(crate) fn tune<L: Lab>(
         session.check(default, &mut base);
     }
     let is_disturbed = !session.has_its_cores() && session.rows.iter().all(|row| row.outcome != "chosen");
+    // A base and nothing beside it is no comparison.
+    let was_compared = session.rows.iter().filter(|row| row.ratio.is_some()).count() > 1;
+    let no_time = || format!("there was no time to compare settings within {} s", budget.as_secs_f64());
+    let reason = reason.or_else(|| (!was_compared && !session.rows.is_empty()).then(no_time));
     let took_ms = u64::try_from(session.lab.elapsed().as_millis()).unwrap_or(u64::MAX);
     let source = if reason.is_none() { TuneSource::Measured } else { TuneSource::Defaults };
     let (rows, gain) = (session.rows, session.gain);
