@@ -2,4 +2,3 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests may fail loudly, and these are read")]
 
 mod bench_gpu;
-mod sampler;

@@ -154,7 +154,7 @@ impl Engine {
         let n_ctx = info.context_length_tokens as usize;
         let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
         let breakers = Arc::default();
-        let compilers = Compilers::start(Arc::clone(&tokenizer), limits.n_vocab)?;
+        let compilers = Compilers::new(Arc::clone(&tokenizer), limits.n_vocab);
         let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving, breakers, compilers };
         let intake = thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;

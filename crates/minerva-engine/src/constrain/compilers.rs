@@ -58,7 +58,8 @@ struct Job {
 /// Compiles constraints and keeps them. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Compilers {
-    jobs: SyncSender<Job>,
+    /// To the threads, which are started for the first constraint and end with the last handle.
+    jobs: Arc<Mutex<Option<SyncSender<Job>>>>,
     kept: Arc<Kept>,
 }
 
@@ -76,26 +77,31 @@ struct Kept {
 }
 
 impl Compilers {
-    /// Starts the threads.
-    ///
-    /// # Errors
-    /// The system refuses a thread.
-    pub(crate) fn start(tokenizer: Arc<dyn Tokenizer>, n_vocab: usize) -> std::io::Result<Self> {
-        let (jobs, queue) = mpsc::sync_channel(MAX_WAITING);
-        let queue = Arc::new(Mutex::new(queue));
-        let kept = Arc::new(Kept {
+    pub(crate) fn new(tokenizer: Arc<dyn Tokenizer>, n_vocab: usize) -> Self {
+        let kept = Kept {
             tokenizer,
             n_vocab,
             factory: OnceLock::new(),
             masks: OnceLock::new(),
             cache: Mutex::new(Cache::new(MAX_CACHED, MAX_CACHED_BYTES)),
             n_running: AtomicUsize::new(0),
-        });
+        };
+        Self { jobs: Arc::default(), kept: Arc::new(kept) }
+    }
+
+    fn jobs(&self) -> std::io::Result<SyncSender<Job>> {
+        let mut started = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(jobs) = &*started {
+            return Ok(jobs.clone());
+        }
+        let (jobs, queue) = mpsc::sync_channel(MAX_WAITING);
+        let queue = Arc::new(Mutex::new(queue));
         for i in 0..N_COORDINATORS {
-            let (queue, kept) = (Arc::clone(&queue), Arc::clone(&kept));
+            let (queue, kept) = (Arc::clone(&queue), Arc::clone(&self.kept));
             thread::Builder::new().name(format!("minerva-compile-{i}")).spawn(move || coordinate(&queue, &kept))?;
         }
-        Ok(Self { jobs, kept })
+        *started = Some(jobs.clone());
+        Ok(jobs)
     }
 
     /// Gets `n` grammars for `waiting`: at once if the constraint is known, else when it is compiled. Never blocks.
@@ -107,8 +113,12 @@ impl Compilers {
         if let Some(outcome) = self.kept.cached(&key) {
             return waiting.resolve(self.kept.matchers(outcome, n));
         }
+        let jobs = match self.jobs() {
+            Ok(jobs) => jobs,
+            Err(error) => return waiting.resolve(Err(ConstraintError::whole(error.to_string()).into())),
+        };
         if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) =
-            self.jobs.try_send(Job { constraint, key, n, waiting })
+            jobs.try_send(Job { constraint, key, n, waiting })
         {
             job.waiting.resolve(Err(busy(MAX_WAITING)));
         }

@@ -1,4 +1,6 @@
-//! The gate on the sampler's time beside llama.cpp's.
+//! The gate on the sampler's time beside llama.cpp's. A program of its own: it reads 16 MB of scores again and again, and would
+//! measure what tests beside it leave of the memory.
+#![expect(clippy::print_stdout, reason = "the ratio is read")]
 
 use minerva_benches::sampler::{cases, quickest, row};
 
