@@ -297,7 +297,7 @@ impl Scheduler {
         let seat = self.seats.seat_of(seq);
         let (first, pos) = (step.rows.len(), seat.n_cells());
         let rest = seat.pending();
-        let n = rest.len().min(n_free + 1);
+        let n = rest.len().min(if self.is_one_pass() { n_free + 1 } else { 1 });
         let is_whole = n == rest.len();
         step.rows.extend(rest[..n].iter().zip(pos..).map(|(&token, pos)| Row { seq, token, pos, output: false }));
         if is_whole {
@@ -313,11 +313,14 @@ impl Scheduler {
         step.rows.len() - first - 1
     }
 
-    /// Where each sequence has a stream of cells, llama.cpp computes at once only as many rows of each as the shortest has: one longer
-    /// sequence is another pass.
     fn may_guess(&self) -> bool {
-        let is_one_pass = self.limits.unified || self.decoding.len() == 1;
-        self.policy.guess && self.limits.keeps_beginnings && is_one_pass
+        self.policy.guess && self.limits.keeps_beginnings && self.is_one_pass()
+    }
+
+    /// Where each sequence has a stream of cells, llama.cpp computes at once only as many rows of each as the shortest has: one longer
+    /// sequence is another pass, which costs the others more than it saves.
+    fn is_one_pass(&self) -> bool {
+        self.limits.unified || self.decoding.len() == 1
     }
 
     /// What the rows that decode, and the prompts beside them, ask of a step.

@@ -71,7 +71,7 @@ fn a_request_that_wants_no_guesses_gets_none() {
 }
 
 #[test]
-fn tokens_that_have_to_follow_are_computed_in_one_step() {
+fn tokens_that_have_to_follow_are_computed_in_one_step_where_that_is_one_pass() {
     let trace = simulate(limits(2, 16), &[Script { forces: true, ..request("a").prompt(3).generate(14) }]);
     expect![[r#"
         tick 0 | a prefill 0..3
@@ -81,6 +81,19 @@ fn tokens_that_have_to_follow_are_computed_in_one_step() {
         tick 4 | a decode
         tick 5 | a decode
         tick 6 | a decode and 3
+        tick 7 | a decode
+    "#]]
+    .assert_eq(&trace);
+    let forcing = |name: &str| Script { forces: true, ..request(name).prompt(3).generate(8) };
+    let trace = simulate(limits(2, 16), &[forcing("a"), request("b").prompt(2).generate(6)]);
+    expect![[r#"
+        tick 0 | b prefill 0..2 | a prefill 0..3
+        tick 1 | a decode | b decode
+        tick 2 | a decode | b decode
+        tick 3 | a decode | b decode
+        tick 4 | a decode | b decode
+        tick 5 | a decode | b decode
+        tick 6 | a decode
         tick 7 | a decode
     "#]]
     .assert_eq(&trace);
