@@ -41,6 +41,9 @@ enum Task {
     Replay(bench::Args),
     /// Count the sampler's instructions and compare them with the last time's
     SamplerCount(sampler_count::Args),
+    /// Run a program, and stop it when it takes too long (what `test` does with each test program)
+    #[command(hide = true)]
+    WithLimit(test::limit::Args),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::BenchServe(args) => return exit_code(bench::serve(&args)),
         Task::BenchGpu(args) => return exit_code(bench::gpu(&args)),
         Task::Replay(args) => return exit_code(bench::replay(&args)),
+        Task::WithLimit(args) => return exit_code(test::limit::run(&args)),
     };
     exit_code(result.map(|()| ExitCode::SUCCESS))
 }

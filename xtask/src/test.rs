@@ -6,6 +6,7 @@
 mod amx;
 mod clients;
 mod examples;
+pub(crate) mod limit;
 mod tally;
 
 use std::process::Command;

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
 
+use super::limit;
 use crate::workspace;
 
 /// How many tests ran, and why some did not.
@@ -48,10 +49,11 @@ impl fmt::Display for Tally {
     }
 }
 
-/// `cargo test` on the whole workspace in the release profile, counted over all its test programs.
+/// `cargo test` on the whole workspace in the release profile, counted over all its test programs, each with a time limit.
 pub(super) fn cargo_test(selection: &[&str]) -> anyhow::Result<Tally> {
     let mut command = workspace::cargo();
     command.args(["test", "--release", "--workspace", "--no-fail-fast"]).args(selection);
+    limit::set(&mut command)?;
     count(&mut command, cargo_line)
 }
 

@@ -516,39 +516,50 @@ mod tests {
         }
 
         /// Where a match that begins at `from` can end.
-        fn ends(&self, rules: &[Self], rule: usize, text: &[char], from: usize) -> BTreeSet<usize> {
-            let after = |ends: BTreeSet<usize>, piece: &Self, rule: usize| -> BTreeSet<usize> {
-                ends.into_iter().flat_map(|end| piece.ends(rules, rule, text, end)).collect()
-            };
+        fn ends(&self, text: &mut Text<'_>, rule: usize, from: usize) -> BTreeSet<usize> {
+            let key = (std::ptr::from_ref(self), from);
+            if let Some(known) = text.known.get(&key) {
+                return known.clone();
+            }
+            let ends = self.find_ends(text, rule, from);
+            text.known.insert(key, ends.clone());
+            ends
+        }
+
+        fn find_ends(&self, text: &mut Text<'_>, rule: usize, from: usize) -> BTreeSet<usize> {
             let one = |matches: bool| if matches { BTreeSet::from([from + 1]) } else { BTreeSet::new() };
             match self {
                 Self::Text(wanted) => {
                     let wanted: Vec<char> = wanted.chars().collect();
-                    if text[from..].starts_with(&wanted) {
+                    if text.chars[from..].starts_with(&wanted) {
                         BTreeSet::from([from + wanted.len()])
                     } else {
                         BTreeSet::new()
                     }
                 }
-                Self::Class(_, holds) => one(text.get(from).is_some_and(|c| holds(*c))),
-                Self::Any => one(from < text.len()),
-                Self::Later(later) if *later > rule => rules[*later].ends(rules, *later, text, from),
+                Self::Class(_, holds) => one(text.chars.get(from).is_some_and(|c| holds(*c))),
+                Self::Any => one(from < text.chars.len()),
+                Self::Later(later) if *later > rule => text.rules[*later].ends(text, *later, from),
                 Self::Later(_) => BTreeSet::from([from]),
                 Self::Bracketed(other) => {
                     let mut ends = BTreeSet::from([from]);
-                    if text.get(from) == Some(&'<') {
-                        let inside = rules[*other].ends(rules, *other, text, from + 1);
-                        ends.extend(inside.into_iter().filter(|end| text.get(*end) == Some(&'>')).map(|end| end + 1));
+                    if text.chars.get(from) == Some(&'<') {
+                        let inside = text.rules[*other].ends(text, *other, from + 1);
+                        ends.extend(
+                            inside.into_iter().filter(|end| text.chars.get(*end) == Some(&'>')).map(|end| end + 1),
+                        );
                     }
                     ends
                 }
-                Self::All(pieces) => pieces.iter().fold(BTreeSet::from([from]), |ends, piece| after(ends, piece, rule)),
-                Self::One(pieces) => pieces.iter().flat_map(|piece| piece.ends(rules, rule, text, from)).collect(),
+                Self::All(pieces) => {
+                    pieces.iter().fold(BTreeSet::from([from]), |ends, piece| piece.ends_after(text, rule, ends))
+                }
+                Self::One(pieces) => pieces.iter().flat_map(|piece| piece.ends(text, rule, from)).collect(),
                 Self::Repeat(piece, least, most) => {
                     let mut ends = BTreeSet::from([from]);
                     let mut found = if *least == 0 { ends.clone() } else { BTreeSet::new() };
-                    for n in 1..=most.unwrap_or(text.len() as u32 + least) {
-                        ends = after(ends, piece, rule);
+                    for n in 1..=most.unwrap_or(text.chars.len() as u32 + least) {
+                        ends = piece.ends_after(text, rule, ends);
                         if n >= *least {
                             found.extend(&ends);
                         }
@@ -557,6 +568,18 @@ mod tests {
                 }
             }
         }
+
+        /// Where a match that begins at one of `starts` can end.
+        fn ends_after(&self, text: &mut Text<'_>, rule: usize, starts: BTreeSet<usize>) -> BTreeSet<usize> {
+            starts.into_iter().flat_map(|start| self.ends(text, rule, start)).collect()
+        }
+    }
+
+    /// What is recognised, and what is known of it: without that, repetitions within repetitions take for ever.
+    struct Text<'a> {
+        rules: &'a [Piece],
+        chars: Vec<char>,
+        known: HashMap<(*const Piece, usize), BTreeSet<usize>>,
     }
 
     thread_local! {
@@ -604,8 +627,9 @@ mod tests {
             let gbnf = format!("root ::= rule-0\n{}", pieces.iter().enumerate().map(rule).collect::<String>());
             if let Some(text) = answer(&gbnf, seed) {
                 let chars: Vec<char> = text.chars().collect();
-                let ends = pieces[0].ends(&pieces, 0, &chars, 0);
-                prop_assert!(ends.contains(&chars.len()), "{:?} does not follow\n{}", text, gbnf);
+                let n_chars = chars.len();
+                let ends = pieces[0].ends(&mut Text { rules: &pieces, chars, known: HashMap::new() }, 0, 0);
+                prop_assert!(ends.contains(&n_chars), "{:?} does not follow\n{}", text, gbnf);
             }
         }
 
