@@ -21,13 +21,14 @@ fn main() {
 
     let mut shim = cc::Build::new();
     shim.cpp(true).std("c++17").include("shim").warnings(false);
-    for folder in ["include", "ggml/include", "common", "src", "vendor"] {
+    for folder in ["include", "ggml/include", "ggml/src", "common", "src", "vendor"] {
         shim.include(source.join(folder));
     }
     shim.files([
         "shim/core.cpp",
         "shim/memory.cpp",
         "shim/chat.cpp",
+        "shim/resident.cpp",
         "shim/rpc.cpp",
         "shim/speed.cpp",
         "shim/trial.cpp",

@@ -29,6 +29,9 @@ struct mnv_error {
 // Ends the common library's own printing, so that messages reach only the log callback.
 void mnv_quiet(void);
 
+// From now on host memory that llama.cpp fills with zeros takes none until it is used. Once, before any other thread calls.
+void mnv_leave_untouched(void);
+
 int mnv_model_load(const char * path, const struct llama_model_params * params, struct llama_model ** out, struct mnv_error * error);
 int mnv_context_new(struct llama_model * model, const struct llama_context_params * params, struct llama_context ** out, struct mnv_error * error);
 

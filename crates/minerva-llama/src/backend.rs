@@ -50,6 +50,8 @@ pub fn init() {
         modules::load();
         // SAFETY: no preconditions; done once, before every other call.
         unsafe { sys::llama_backend_init() };
+        // SAFETY: done once, and nobody has allocated a buffer yet.
+        unsafe { sys::mnv_leave_untouched() };
     });
 }
 

@@ -47,6 +47,7 @@ pub struct mnv_trial {
 
 unsafe extern "C" {
     pub fn mnv_quiet();
+    pub fn mnv_leave_untouched();
     pub fn mnv_model_load(
         path: *const c_char,
         params: *const llama_model_params,
