@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use minerva_engine::SamplingParams;
 use minerva_engine::sampler::Sampler;
+use minerva_engine::sampling_pool::{self, SamplingPool};
 use minerva_llama::{ChainStage, SamplerChain};
 
 pub use crate::rows::{history, row};
@@ -82,23 +83,26 @@ pub fn theirs(params: &SamplingParams, n_vocab: usize) -> SamplerChain {
 }
 
 /// The quickest of several turns on each side, one token for each of `rows`: ours, llama.cpp's. The turns alternate, so that a busy
-/// neighbour meets both.
+/// neighbour meets both. Each row has a sampler of its own, as each request has in both servers; ours are worked on as the engine does
+/// it, with helpers where they pay, llama.cpp's one after the other as llama-server does it.
 ///
 /// # Panics
 /// When a row has no token to choose.
 pub fn quickest(params: &SamplingParams, rows: &[Vec<f32>], n_turns: usize) -> (Duration, Duration) {
     let n_vocab = rows.first().map_or(0, Vec::len);
-    let (mut ours, mut theirs) = (ours(params, n_vocab), theirs(params, n_vocab));
+    let mut ours: Vec<Sampler> = rows.iter().map(|_| ours(params, n_vocab)).collect();
+    let mut theirs: Vec<SamplerChain> = rows.iter().map(|_| theirs(params, n_vocab)).collect();
     let mut best = (Duration::MAX, Duration::MAX);
     for _ in 0..n_turns {
         let began = Instant::now();
-        for row in rows {
-            std::hint::black_box(ours.sample(row, &[], None).expect("a token is left"));
-        }
+        let n_helpers = SamplingPool::default().n_helpers(rows.len(), n_vocab);
+        sampling_pool::for_each(ours.iter_mut().zip(rows).collect(), n_helpers, |(sampler, row)| {
+            std::hint::black_box(sampler.sample(row, &[], None).expect("a token is left"));
+        });
         best.0 = best.0.min(began.elapsed());
         let began = Instant::now();
-        for row in rows {
-            std::hint::black_box(theirs.sample(row));
+        for (chain, row) in theirs.iter_mut().zip(rows) {
+            std::hint::black_box(chain.sample(row));
         }
         best.1 = best.1.min(began.elapsed());
     }

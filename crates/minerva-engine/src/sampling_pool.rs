@@ -16,7 +16,7 @@ const MAX_HELPERS: usize = 7;
 
 /// When helpers are started.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct SamplingPool {
+pub struct SamplingPool {
     worth_a_helper: usize,
 }
 
@@ -28,7 +28,7 @@ impl Default for SamplingPool {
 
 impl SamplingPool {
     /// How many threads beside the caller's are worth it for `n_rows` rows of `n_vocab` logits.
-    pub(crate) fn n_helpers(self, n_rows: usize, n_vocab: usize) -> usize {
+    pub fn n_helpers(self, n_rows: usize, n_vocab: usize) -> usize {
         let worth = n_rows.saturating_mul(n_vocab) / self.worth_a_helper;
         if worth == 0 {
             return 0; // without asking the system
@@ -38,8 +38,11 @@ impl SamplingPool {
     }
 }
 
-/// Calls `work` once for each item, on the caller's thread and `n_helpers` others. A panic in `work` is the caller's, once all are done.
-pub(crate) fn for_each<T: Send>(items: Vec<T>, n_helpers: usize, work: impl Fn(T) + Sync) {
+/// Calls `work` once for each item, on the caller's thread and `n_helpers` others.
+///
+/// # Panics
+/// When `work` does, once all are done.
+pub fn for_each<T: Send>(items: Vec<T>, n_helpers: usize, work: impl Fn(T) + Sync) {
     if n_helpers == 0 {
         return items.into_iter().for_each(work);
     }
