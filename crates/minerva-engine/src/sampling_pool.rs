@@ -2,7 +2,7 @@
 //!
 //! Helpers are started for the step and end with it. A pool whose threads wait for work would need memory that outlives the step, which
 //! borrowed logits and samplers do not; and a thread that does not exist takes no core from llama.cpp's compute threads. Starting one
-//! takes as long as sampling a few rows of 128k logits, hence [`WORTH_A_HELPER`].
+//! takes as long as sampling a few rows of 128k logits, hence a least number of logits for each.
 
 use std::num::NonZero;
 use std::sync::{Mutex, PoisonError};
