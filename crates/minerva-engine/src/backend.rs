@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::drafter::Drafter;
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
 
@@ -129,4 +130,6 @@ pub struct RenderedChat {
 pub(crate) struct Loaded {
     pub(crate) backend: Box<dyn Backend>,
     pub(crate) tokenizer: Arc<dyn Tokenizer>,
+    /// A draft model that writes ahead.
+    pub(crate) drafter: Option<Box<dyn Drafter>>,
 }

@@ -7,6 +7,7 @@ use minerva_llama::RpcServer;
 use serde::{Deserialize, Serialize};
 
 use crate::probe::ProbeConfig;
+use crate::scheduler::DraftLimits;
 use crate::serving::{CacheIsolation, Speculation};
 use crate::tune::TuneConfig;
 
@@ -73,6 +74,8 @@ pub struct EngineConfig {
     pub trace_path: Option<PathBuf>,
     /// How the next tokens of a sequence are guessed.
     pub speculation: Speculation,
+    /// A small model of the same vocabulary that writes ahead of the main one. It is given up before layers of the main model are.
+    pub draft: Option<DraftConfig>,
     /// Who shares the cells of equal beginnings.
     pub cache_isolation: CacheIsolation,
     /// A chat template to use in place of the model's.
@@ -114,12 +117,60 @@ impl Default for EngineConfig {
             max_itl_ms: None,
             host_cache_bytes: None,
             trace_path: None,
-            speculation: Speculation::Ngram,
+            speculation: Speculation::Auto,
+            draft: None,
             cache_isolation: CacheIsolation::None,
             chat_template: None,
             probe: None,
             tune: TuneConfig::default(),
         }
+    }
+}
+
+/// A draft model and how much of it is used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DraftConfig {
+    /// The GGUF file (the first one of a split model).
+    pub model_path: PathBuf,
+    /// Where to run: `auto` is beside the first layers of the main model, `cpu` the host; anything else has to be one of the main
+    /// model's devices.
+    pub device: DeviceChoice,
+    /// Layers on the device; never more than the model has. `None`: all.
+    pub n_gpu_layers: Option<u32>,
+    /// KV cells of the draft model. `None`: as many as one sequence of the main model has, or all share.
+    pub n_cells: Option<u32>,
+    /// The most tokens of a guess; how many pay is found out.
+    pub max_tokens: u32,
+    /// Where no guess of so many tokens has room, or the draft model is sure of fewer, there is none.
+    pub min_tokens: u32,
+    /// A token less likely than this ends a guess, 0 to 1.
+    pub min_probability: f32,
+}
+
+impl Default for DraftConfig {
+    fn default() -> Self {
+        Self {
+            model_path: PathBuf::new(),
+            device: DeviceChoice::Auto,
+            n_gpu_layers: None,
+            n_cells: None,
+            max_tokens: 16,
+            min_tokens: 0,
+            min_probability: 0.5,
+        }
+    }
+}
+
+impl DraftConfig {
+    /// The defaults for one model file.
+    pub fn new(model_path: impl AsRef<Path>) -> Self {
+        Self { model_path: model_path.as_ref().to_path_buf(), ..Self::default() }
+    }
+
+    /// How long guesses may be.
+    pub(crate) fn limits(&self) -> DraftLimits {
+        DraftLimits { max_tokens: self.max_tokens, min_tokens: self.min_tokens }
     }
 }
 

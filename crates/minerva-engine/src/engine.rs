@@ -93,7 +93,7 @@ impl Engine {
         mut progress: impl FnMut(&LoadProgress) -> ControlFlow<()> + Send,
     ) -> Result<Self, LoadError> {
         let (loaded, info) = llama::load(&config, &mut progress)?;
-        let serving = Serving::new(&config, &info);
+        let serving = Serving::new(&config, &info, loaded.drafter.is_some());
         Self::start(loaded, info, serving)
     }
 
@@ -105,7 +105,7 @@ impl Engine {
     pub fn load_slowed(config: &EngineConfig, percent: f64) -> Result<Self, LoadError> {
         let (mut loaded, info) = llama::load(config, &mut |_| ControlFlow::Continue(()))?;
         loaded.backend = Box::new(Slowed::new(loaded.backend, percent));
-        let serving = Serving::new(config, &info);
+        let serving = Serving::new(config, &info, loaded.drafter.is_some());
         Self::start(loaded, info, serving)
     }
 

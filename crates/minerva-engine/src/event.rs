@@ -79,6 +79,10 @@ pub struct Summary {
     pub cached_tokens: u32,
     /// Tokens generated over all choices, the end-of-generation token included.
     pub completion_tokens: u32,
+    /// Tokens that were guessed and computed along with the one before.
+    pub guessed_tokens: u32,
+    /// Of those, the ones that were right.
+    pub right_guesses: u32,
     /// From submission until the first prompt token was computed.
     pub queue_ms: f64,
     /// From there until the first token was sampled.

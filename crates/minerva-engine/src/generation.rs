@@ -65,6 +65,8 @@ pub(crate) struct Generation {
     max_tokens: u32,
     n_prompt: u32,
     n_cached: u32,
+    n_guessed: u32,
+    n_right_guesses: u32,
     /// Where each choice runs; `None` while it waits.
     seqs: Vec<Option<SeqId>>,
     choices: Vec<Choice>,
@@ -106,6 +108,8 @@ impl Generation {
             max_tokens,
             n_prompt: prompt.len() as u32,
             n_cached: 0,
+            n_guessed: 0,
+            n_right_guesses: 0,
             seqs: Vec::new(),
             deadline: request.deadline_ms.map(|ms| submitted + Duration::from_millis(ms)),
             submitted,
@@ -142,6 +146,12 @@ impl Generation {
             self.n_cached = n_tokens.min(self.n_prompt);
         }
         is_prompt
+    }
+
+    /// Tokens were guessed and computed along, or turned out right.
+    pub(crate) fn count_guesses(&mut self, n_guessed: u32, n_right: u32) {
+        self.n_guessed += n_guessed;
+        self.n_right_guesses += n_right;
     }
 
     /// The deadline that the request asked for, in milliseconds.
@@ -263,6 +273,8 @@ impl Generation {
         let summary = Summary {
             prompt_tokens: self.n_prompt,
             cached_tokens: self.n_cached,
+            guessed_tokens: self.n_guessed,
+            right_guesses: self.n_right_guesses,
             completion_tokens: self.choices.iter().map(|choice| choice.n_generated).sum(),
             queue_ms: ms(Some(self.submitted), self.started),
             prefill_ms: ms(self.started, self.first_token),

@@ -36,6 +36,7 @@ pub mod backend;
 mod cache;
 pub mod compat;
 pub mod decoder;
+pub mod drafter;
 mod llama;
 pub mod probe;
 mod remembered;
@@ -46,7 +47,7 @@ pub mod sim;
 mod slowed;
 mod tune;
 
-pub use config::{EngineConfig, FlashAttention, KvType};
+pub use config::{DraftConfig, EngineConfig, FlashAttention, KvType};
 pub use constrain::{Constraint, ConstraintError};
 pub use engine::Engine;
 pub use error::{LoadError, RequestError};
@@ -57,8 +58,8 @@ pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
 pub use request::{ChatMessage, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
 pub use serving::{CacheIsolation, Speculation};
-pub use sim::SimConfig;
-pub use status::{BuildInfo, DeviceMemory, EngineStats, LoadProgress, ModelInfo, Placement};
+pub use sim::{SimConfig, SimDraft};
+pub use status::{BuildInfo, DeviceMemory, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement};
 pub use stream::EventStream;
 pub use tune::{
     DEFAULT_BUDGET_MS, Rates, THOROUGH_MS, TuneConfig, TuneMode, TuneReport, TuneRow, TuneSource, TunedSettings,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::EngineConfig;
+use crate::config::{DraftConfig, EngineConfig};
 use crate::request::Request;
 use crate::scheduler::Policy;
 use crate::shared::QueueLimits;
@@ -35,8 +35,24 @@ pub enum Speculation {
     /// Not at all.
     Off,
     /// What followed the same tokens earlier in the sequence, as long as it pays.
-    #[default]
     Ngram,
+    /// What a draft model writes, as long as it pays.
+    Draft,
+    /// What followed the same tokens earlier, or else what a draft model writes if there is one.
+    #[default]
+    Auto,
+}
+
+impl Speculation {
+    /// Whether what a sequence has said before is guessed to follow again.
+    pub fn looks_up(self) -> bool {
+        matches!(self, Self::Ngram | Self::Auto)
+    }
+
+    /// Whether a draft model is asked, if there is one.
+    pub fn drafts(self) -> bool {
+        matches!(self, Self::Draft | Self::Auto)
+    }
 }
 
 /// How requests are served.
@@ -50,12 +66,13 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    pub(crate) fn new(config: &EngineConfig, info: &ModelInfo) -> Self {
+    pub(crate) fn new(config: &EngineConfig, info: &ModelInfo, has_drafter: bool) -> Self {
         Self {
             queue: QueueLimits { requests: config.max_queued_requests, tokens: config.max_queued_tokens },
             policy: Policy {
                 max_itl_us: config.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
-                guess: config.speculation == Speculation::Ngram,
+                guess: config.speculation.looks_up(),
+                draft: config.draft.as_ref().filter(|_| has_drafter).map(DraftConfig::limits),
                 host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),
             },
             isolation: config.cache_isolation,
@@ -74,6 +91,8 @@ impl Serving {
 
 fn default_host_cache_bytes(info: &ModelInfo) -> u64 {
     let Some(host) = info.placement.memory.iter().find(|memory| memory.device == "Host") else { return 0 };
-    let left = host.free_bytes.saturating_sub(host.planned_bytes) / 4;
+    let drafts = info.draft.iter().flat_map(|draft| &draft.memory).filter(|memory| memory.device == "Host");
+    let taken = host.planned_bytes + drafts.map(|memory| memory.planned_bytes).sum::<u64>();
+    let left = host.free_bytes.saturating_sub(taken) / 4;
     (host.total_bytes / HOST_CACHE_SHARE).min(left).min(MOST_HOST_CACHE_BYTES)
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::error::RequestError;
+use crate::scheduler::Guesses;
 use crate::status::EngineStats;
 
 /// Numbers that need no order among each other: each is true by itself.
@@ -19,6 +20,7 @@ pub(crate) struct Shared {
     cells_used: AtomicU64,
     cells_cached: AtomicU64,
     parked_bytes: AtomicU64,
+    draft_cells: AtomicU64,
     totals: Totals,
     /// Mean time of a request in microseconds, for Retry-After.
     request_us: AtomicU64,
@@ -40,6 +42,10 @@ struct Totals {
     failed_steps: AtomicU64,
     guessed_tokens: AtomicU64,
     right_guesses: AtomicU64,
+    drafted_tokens: AtomicU64,
+    right_drafts: AtomicU64,
+    draft_us: AtomicU64,
+    failed_drafts: AtomicU64,
     preempted: AtomicU64,
     restored_tokens: AtomicU64,
 }
@@ -64,6 +70,7 @@ impl Shared {
             cells_used: AtomicU64::default(),
             cells_cached: AtomicU64::default(),
             parked_bytes: AtomicU64::default(),
+            draft_cells: AtomicU64::default(),
             totals: Totals::default(),
             request_us: AtomicU64::default(),
             step_began_us: AtomicU64::default(),
@@ -89,6 +96,11 @@ impl Shared {
             failed_steps_total: totals.failed_steps.load(Relaxed),
             guessed_tokens_total: totals.guessed_tokens.load(Relaxed),
             right_guesses_total: totals.right_guesses.load(Relaxed),
+            drafted_tokens_total: totals.drafted_tokens.load(Relaxed),
+            right_drafts_total: totals.right_drafts.load(Relaxed),
+            draft_us_total: totals.draft_us.load(Relaxed),
+            failed_drafts_total: totals.failed_drafts.load(Relaxed),
+            draft_cells_used: self.draft_cells.load(Relaxed),
             preempted_total: totals.preempted.load(Relaxed),
             restored_tokens_total: totals.restored_tokens.load(Relaxed),
             host_cache_bytes: self.parked_bytes.load(Relaxed),
@@ -154,6 +166,7 @@ impl Shared {
         self.queued_requests.store(0, Relaxed);
         self.queued_tokens.store(0, Relaxed);
         self.publish(0, 0, 0);
+        self.publish_draft_cells(0);
         self.step_ended();
     }
 
@@ -197,9 +210,25 @@ impl Shared {
         self.totals.failed.fetch_add(1, Relaxed);
     }
 
-    pub(crate) fn count_guesses(&self, n_guessed: u64, n_right: u64) {
+    pub(crate) fn count_guesses(&self, guesses: Guesses) {
+        let Guesses { n_guessed, n_right, n_drafted, n_right_drafts } = guesses;
         self.totals.guessed_tokens.fetch_add(n_guessed, Relaxed);
         self.totals.right_guesses.fetch_add(n_right, Relaxed);
+        self.totals.drafted_tokens.fetch_add(n_drafted, Relaxed);
+        self.totals.right_drafts.fetch_add(n_right_drafts, Relaxed);
+    }
+
+    pub(crate) fn count_draft(&self, us: u64) {
+        self.totals.draft_us.fetch_add(us, Relaxed);
+    }
+
+    pub(crate) fn count_draft_failed(&self) {
+        self.totals.failed_drafts.fetch_add(1, Relaxed);
+    }
+
+    /// Cells that the draft model holds.
+    pub(crate) fn publish_draft_cells(&self, n_cells: u64) {
+        self.draft_cells.store(n_cells, Relaxed);
     }
 
     pub(crate) fn count_preempted(&self) {

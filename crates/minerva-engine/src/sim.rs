@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, StepError, Tokenizer};
+use crate::drafter::{DraftSettings, Drafter, ModelDrafter};
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
-use crate::scheduler::Policy;
+use crate::scheduler::{DraftLimits, Policy};
 use crate::serving::{CacheIsolation, Serving, Speculation};
 use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
@@ -65,6 +66,8 @@ pub struct SimConfig {
     pub host_cache_bytes: u64,
     /// How the next tokens of a sequence are guessed.
     pub speculation: Speculation,
+    /// A draft model beside it.
+    pub draft: Option<SimDraft>,
     /// The text repeats itself after so many tokens, so that guesses can be right.
     pub period_tokens: Option<u32>,
     /// Where to write down what is asked of the scheduler.
@@ -73,13 +76,41 @@ pub struct SimConfig {
     pub cache_isolation: CacheIsolation,
 }
 
+/// A simulated draft model: what the simulator would write, as often as it is said to be right.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SimDraft {
+    /// The share of its tokens that are the simulator's.
+    pub quality: f32,
+    /// Cells that its sequences share; `None` is a full context.
+    pub n_cells: Option<u32>,
+    /// Time that one token of its guesses takes, in microseconds.
+    pub step_us: u64,
+    /// The step that fails, counted from 1.
+    pub fails_at_step: Option<u64>,
+    /// The most tokens of a guess.
+    pub max_tokens: u32,
+    /// A shorter guess is none.
+    pub min_tokens: u32,
+}
+
+impl Default for SimDraft {
+    fn default() -> Self {
+        Self { quality: 1.0, n_cells: None, step_us: 0, fails_at_step: None, max_tokens: 16, min_tokens: 0 }
+    }
+}
+
 impl SimConfig {
     pub(crate) fn serving(&self) -> Serving {
         Serving {
             queue: QueueLimits { requests: self.max_queued_requests, tokens: self.max_queued_tokens },
             policy: Policy {
                 max_itl_us: self.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
-                guess: self.speculation == Speculation::Ngram,
+                guess: self.speculation.looks_up(),
+                draft: self
+                    .draft
+                    .as_ref()
+                    .filter(|_| self.speculation.drafts())
+                    .map(|draft| DraftLimits { max_tokens: draft.max_tokens, min_tokens: draft.min_tokens }),
                 host_cache_bytes: self.host_cache_bytes,
             },
             isolation: self.cache_isolation,
@@ -107,7 +138,8 @@ impl Default for SimConfig {
             max_queued_tokens: 1 << 20,
             max_itl_ms: None,
             host_cache_bytes: 1 << 20,
-            speculation: Speculation::Ngram,
+            speculation: Speculation::Auto,
+            draft: None,
             period_tokens: None,
             trace_path: None,
             cache_isolation: CacheIsolation::None,
@@ -131,7 +163,27 @@ pub(crate) fn load(config: SimConfig) -> (Loaded, ModelInfo) {
         placement: Placement { device: "Cpu".to_owned(), device_name: "simulator".to_owned(), ..Placement::default() },
         ..ModelInfo::default()
     };
-    (Loaded { backend: Box::new(backend), tokenizer: Arc::new(SimTokenizer) }, info)
+    let drafter = config.draft.as_ref().filter(|_| config.speculation.drafts()).map(|draft| drafter(config, draft));
+    (Loaded { backend: Box::new(backend), tokenizer: Arc::new(SimTokenizer), drafter }, info)
+}
+
+/// The draft model, over a simulator of its own: it panics too when a rule of llama.cpp is broken.
+fn drafter(config: &SimConfig, draft: &SimDraft) -> Box<dyn Drafter> {
+    let n_cells = draft.n_cells.unwrap_or(config.context_length_tokens);
+    let draft_config = SimConfig {
+        unified: true,
+        n_cells: Some(n_cells),
+        context_length_tokens: n_cells,
+        step_us: draft.step_us,
+        us_per_token: 0,
+        fail_every_steps: draft.fails_at_step,
+        draft: None,
+        ..config.clone()
+    };
+    let backend = SimBackend { quality: draft.quality, ..SimBackend::new(draft_config) };
+    let settings =
+        DraftSettings { min_probability: 0.0, min_tokens: draft.min_tokens, n_vocab: N_VOCAB, ends: vec![END] };
+    Box::new(ModelDrafter::new(Box::new(backend), settings))
 }
 
 /// Byte-level vocabulary.
@@ -199,8 +251,17 @@ impl SimSeq {
         })
     }
 
-    /// The scores of all tokens.
-    fn logits(&self, config: &SimConfig) -> Vec<f32> {
+    /// The scores of all tokens; the likeliest one is right with a chance of `quality`.
+    fn logits(&self, config: &SimConfig, quality: f32) -> Vec<f32> {
+        let mut logits = self.right_logits(config);
+        let chance = (self.hash().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f32 / (1 << 24) as f32;
+        if chance >= quality {
+            logits.rotate_right(1);
+        }
+        logits
+    }
+
+    fn right_logits(&self, config: &SimConfig) -> Vec<f32> {
         let mut logits = vec![0.0; N_VOCAB];
         if config.spread > 0.0 {
             let hash = self.hash();
@@ -221,12 +282,14 @@ struct SimBackend {
     /// The scores of each row of the last step that asked for them.
     rows: Vec<Option<Vec<f32>>>,
     n_steps: u64,
+    /// The share of likeliest tokens that are right.
+    quality: f32,
 }
 
 impl SimBackend {
     fn new(config: SimConfig) -> Self {
         let seqs = (0..config.n_seq_max).map(|_| SimSeq::default()).collect();
-        Self { config, seqs, rows: Vec::new(), n_steps: 0 }
+        Self { config, seqs, rows: Vec::new(), n_steps: 0, quality: 1.0 }
     }
 }
 
@@ -262,7 +325,7 @@ impl Backend for SimBackend {
             assert_eq!(seq.tokens.len(), row.pos as usize, "sequence {} has a gap", row.seq);
             assert!(row.pos < self.config.context_length_tokens, "sequence {} is too long", row.seq);
             seq.tokens.push(row.token);
-            self.rows.push(row.output.then(|| seq.logits(&self.config)));
+            self.rows.push(row.output.then(|| seq.logits(&self.config, self.quality)));
         }
         let held: usize = self.seqs.iter().map(|seq| seq.tokens.len()).sum();
         assert!(held <= self.limits().n_cells as usize, "{held} cells are in use");

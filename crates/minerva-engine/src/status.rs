@@ -29,8 +29,29 @@ pub struct ModelInfo {
     pub n_cells: u32,
     /// Whether the model has a chat template.
     pub has_chat_template: bool,
+    /// The model that writes ahead of it, if one does.
+    pub draft: Option<DraftInfo>,
     /// Where it runs.
     pub placement: Placement,
+}
+
+/// A draft model: what it is, where it runs and what it takes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct DraftInfo {
+    /// Its file's name without `.gguf`.
+    pub name: String,
+    /// llama.cpp's description.
+    pub description: String,
+    /// Parameters of the model.
+    pub n_params: u64,
+    /// Bytes of all weights.
+    pub size_bytes: u64,
+    /// Layers on its device.
+    pub n_gpu_layers: u32,
+    /// KV cells.
+    pub n_cells: u32,
+    /// The memory of its device and of the host; what is free there is without what the main model takes.
+    pub memory: Vec<DeviceMemory>,
 }
 
 /// Where the model runs, how much memory that takes, and why it is so.
@@ -126,6 +147,16 @@ pub struct EngineStats {
     pub guessed_tokens_total: u64,
     /// Of those, the ones that were right.
     pub right_guesses_total: u64,
+    /// Guessed tokens that a draft model wrote.
+    pub drafted_tokens_total: u64,
+    /// Of those, the ones that were right.
+    pub right_drafts_total: u64,
+    /// Time of the draft model, in microseconds.
+    pub draft_us_total: u64,
+    /// Failures of a draft model; after the first it is not asked any more.
+    pub failed_drafts_total: u64,
+    /// Cells of the draft model that hold tokens.
+    pub draft_cells_used: u64,
     /// Sequences that had to give their seat to somebody else and wait again.
     pub preempted_total: u64,
     /// Tokens whose cells came back from host memory.

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
+use crate::drafter::{Drafter, Wish};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
 use crate::parking::Parking;
@@ -38,6 +39,10 @@ pub(crate) struct Worker {
     /// Which request runs in each sequence.
     owners: Vec<Option<RequestId>>,
     parking: Parking,
+    /// The draft model, until it fails.
+    drafter: Option<Box<dyn Drafter>>,
+    /// What is wanted of it; here for its room.
+    wishes: Vec<Wish>,
     pub(crate) pool: SamplingPool,
     /// When this engine began: the scheduler's clock counts from here.
     start: Instant,
@@ -57,6 +62,8 @@ impl Worker {
             generations: HashMap::new(),
             owners: vec![None; limits.n_seq_max as usize],
             parking: Parking::default(),
+            drafter: loaded.drafter,
+            wishes: Vec::new(),
             pool: SamplingPool::default(),
             start: Instant::now(),
             mailbox,
@@ -155,7 +162,20 @@ impl Worker {
         self.scheduler.release(seq);
         self.owners[seq as usize] = None;
         if wrong.is_some_and(|n_tokens| !self.backend.truncate(seq, n_tokens)) {
-            self.scheduler.discard(seq);
+            self.discard(seq);
+        }
+    }
+
+    /// The sequence holds nothing any more that could be trusted.
+    fn discard(&mut self, seq: SeqId) {
+        self.scheduler.discard(seq);
+        self.cut_draft(seq, 0);
+    }
+
+    /// The draft model keeps no more of a sequence than the main one.
+    fn cut_draft(&mut self, seq: SeqId, n_tokens: u32) {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.truncate(seq, n_tokens);
         }
     }
 
@@ -169,16 +189,50 @@ impl Worker {
             self.seat(admission, began);
             self.copy_prefixes();
         }
+        let mut backend_us = self.draft();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
-        let mut backend_us = 0;
         if !step.rows.is_empty() {
             self.publish();
-            backend_us = self.compute(&step);
+            backend_us += self.compute(&step);
         }
         self.step = step;
         self.publish();
         self.shared.count_overhead((began.elapsed().as_micros() as u64).saturating_sub(backend_us));
+    }
+
+    /// Lets the draft model write ahead where the scheduler wants that. One that fails is not asked again; no request hears of it.
+    /// Returns the time that it took, in microseconds.
+    fn draft(&mut self) -> u64 {
+        let Some(drafter) = &mut self.drafter else { return 0 };
+        self.scheduler.wishes(&mut self.wishes);
+        if self.wishes.is_empty() {
+            return 0;
+        }
+        let wishes: Vec<_> = self.wishes.iter().map(|&wish| (wish, self.scheduler.history(wish.seq))).collect();
+        let began = Instant::now();
+        self.shared.step_begins(began);
+        let answer = drafter.draft(&wishes);
+        self.shared.step_ended();
+        let took_us = began.elapsed().as_micros() as u64;
+        match answer {
+            Ok(mut answer) => {
+                for draft in &mut answer.drafts {
+                    let is_known = |&token: &TokenId| usize::try_from(token).is_ok_and(|token| token < self.n_vocab);
+                    let n_known = draft.tokens.iter().take_while(|token| is_known(token)).count();
+                    draft.tokens.truncate(n_known);
+                }
+                self.scheduler.drafted(&answer);
+                self.shared.count_draft(took_us);
+            }
+            Err(error) => {
+                tracing::warn!("the draft model is left alone from now on: {error}");
+                self.drafter = None;
+                self.scheduler.no_drafts();
+                self.shared.count_draft_failed();
+            }
+        }
+        took_us
     }
 
     /// Runs one step and samples its outputs. Returns the time inside the backend, in microseconds.
@@ -251,12 +305,14 @@ impl Worker {
         for op in ops {
             match op {
                 CacheOp::Keep { seq, n_tokens } => {
+                    self.cut_draft(seq, n_tokens);
                     // False when this kind of memory cannot be cut there. The sequence is empty then.
                     if !self.backend.truncate(seq, n_tokens) && n_tokens > 0 {
                         lost(self, seq);
                     }
                 }
                 CacheOp::Move { src, dst, n_tokens } => {
+                    self.cut_draft(src, 0);
                     // What did not get there cannot go on from there.
                     is_moved = is_moved && self.backend.copy(src, dst, n_tokens);
                     if !is_moved {
@@ -318,13 +374,22 @@ impl Worker {
         }
         self.sample_ahead(&rows);
         for (mut row, seq) in rows {
+            let n_guessed = step.rows[row + 1..].iter().take_while(|next| next.output && next.seq == seq).count();
+            self.count_guesses(seq, n_guessed as u32, 0);
             while self.sample_row(row, seq, now) {
                 row += 1;
             }
             self.settle(seq);
         }
-        let (n_guessed, n_right) = self.scheduler.guesses();
-        self.shared.count_guesses(n_guessed, n_right);
+        self.shared.count_guesses(self.scheduler.guesses());
+    }
+
+    /// The request in a sequence had guesses computed, or some of them were right.
+    fn count_guesses(&mut self, seq: SeqId, n_guessed: u32, n_right: u32) {
+        let owner = self.owners[seq as usize];
+        if let Some(generation) = owner.and_then(|id| self.generations.get_mut(&id)) {
+            generation.count_guesses(n_guessed, n_right);
+        }
     }
 
     /// Frees the cells of wrong guesses.
@@ -361,6 +426,7 @@ impl Worker {
         let advance = generation.advance(seq, logits, &*self.tokenizer, now);
         let Some(token) = self.follow_up(id, seq, advance, now) else { return false };
         if self.scheduler.sampled(seq, token) {
+            self.count_guesses(seq, 0, 1);
             return true;
         }
         // What a grammar forces needs no scores: it is computed in one step with what comes before it.
@@ -425,7 +491,7 @@ impl Worker {
         seqs.dedup();
         if !error.cache_unchanged {
             for &seq in &seqs {
-                self.scheduler.discard(seq);
+                self.discard(seq);
                 self.backend.truncate(seq, 0);
             }
         }
@@ -438,6 +504,7 @@ impl Worker {
 
     fn publish(&self) {
         let (used, cached) = self.scheduler.cells();
+        self.shared.publish_draft_cells(self.drafter.as_ref().map_or(0, |drafter| drafter.n_cells()));
         let (queued, _) = self.scheduler.queued();
         self.shared.publish((self.generations.len() - queued) as u64, used, cached);
         self.shared.publish_parked(self.parking.bytes());

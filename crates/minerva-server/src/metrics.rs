@@ -150,6 +150,7 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("kv_cells_used", "KV cells of running sequences.", stats.kv_cells_used),
         ("kv_cells_cached", "KV cells kept for reuse.", stats.kv_cells_cached),
         ("kv_cells_total", "All KV cells.", stats.kv_cells_total),
+        ("draft_kv_cells_used", "KV cells that the draft model holds.", stats.draft_cells_used),
         ("host_cache_bytes", "Host memory with copies of sequences.", stats.host_cache_bytes),
     ] {
         text.single(name, "gauge", help, value as f64);
@@ -162,6 +163,9 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("requests_failed_total", "Accepted requests that failed.", stats.failed_total),
         ("guessed_tokens_total", "Tokens that were guessed and computed along.", stats.guessed_tokens_total),
         ("right_guesses_total", "Guessed tokens that were right.", stats.right_guesses_total),
+        ("draft_tokens_total", "Guessed tokens that the draft model wrote.", stats.drafted_tokens_total),
+        ("draft_tokens_accepted_total", "Tokens of the draft model that were right.", stats.right_drafts_total),
+        ("draft_failures_total", "Failures of the draft model; it is left alone after one.", stats.failed_drafts_total),
         ("preemptions_total", "Sequences that had to yield and wait again.", stats.preempted_total),
         ("restored_tokens_total", "Tokens whose cells came back from host memory.", stats.restored_tokens_total),
         ("engine_steps_total", "Steps submitted to the backend.", stats.steps_total),
@@ -171,6 +175,7 @@ fn print_engine(text: &mut Text, phase: &Phase) {
     }
     let seconds = |us: u64| us as f64 / 1e6;
     text.single("engine_backend_seconds_total", "counter", "Time inside the backend.", seconds(stats.backend_us_total));
+    text.single("engine_draft_seconds_total", "counter", "Time inside the draft model.", seconds(stats.draft_us_total));
     text.single("engine_overhead_seconds_total", "counter", "Time between steps.", seconds(stats.overhead_us_total));
     if let Some(info) = info {
         text.head("model_info", "gauge", "The loaded model and its device.");

@@ -118,6 +118,14 @@ fn rung_as_json(rung: &Rung) -> Value {
         "devices": rung.estimate.devices.iter().map(load).collect::<Vec<_>>(),
         "host": load(&rung.estimate.host),
         "speed": rung.speed,
+        "draft": rung.draft.as_ref().map(|draft| json!({
+            "device": draft.device,
+            "n_gpu_layers": draft.placement.n_gpu_layers(),
+            "n_layers_total": draft.placement.n_layers_total(),
+            "n_cells": draft.settings.context_tokens,
+            "device_bytes": draft.estimate.devices.first().map(load),
+            "host": load(&draft.estimate.host),
+        })),
         "gave_up": rung.gave_up,
     })
 }

@@ -6,10 +6,11 @@ use minerva_gpu::plan::{PlanError, Rung};
 use minerva_llama::{ContextParams, DeviceBytes, Simulation};
 
 use super::claims::{Claim, Owner};
+use super::drafts::FittedDraft;
 use super::machine::Machine;
 use super::placement::Planned;
 use super::tuning::{self, Tuning};
-use super::{Report, load_weights, overhead, placement, root_cause, start};
+use super::{Report, drafts, load_weights, overhead, placement, progress, root_cause, start};
 use crate::backend::Loaded;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
@@ -29,6 +30,7 @@ pub(super) fn climb_down(
         let rung = &planned.plan.rungs[next];
         let failure = match try_rung(config, &planned, rung, report) {
             Ok((loaded, mut info)) => {
+                steps.append(&mut info.placement.steps_down);
                 info.placement.steps_down = steps;
                 return Ok((loaded, info));
             }
@@ -36,15 +38,19 @@ pub(super) fn climb_down(
         };
         let below = if failure.is_out_of_memory { next + 1 } else { planned.plan.rungs.len() - 1 };
         let is_last = next + 1 >= planned.plan.rungs.len();
-        if rung.is_cpu() || !failure.may_step_down {
+        // Without its draft model the same load goes on where it is.
+        let loses_draft_only = rung.draft.is_some() && failure.is_out_of_memory && !is_last;
+        if (rung.is_cpu() && !loses_draft_only) || !failure.may_step_down {
             return Err(failure.error);
         }
-        if !config.fallback_to_cpu || is_last {
+        if (!config.fallback_to_cpu && !loses_draft_only) || is_last {
             return Err(no_fallback(&failure.text, &planned));
         }
         tracing::error!("{}", failure.text);
         let lower = &planned.plan.rungs[below];
-        if lower.is_cpu() {
+        if loses_draft_only {
+            tracing::warn!("the draft model is given up");
+        } else if lower.is_cpu() {
             tracing::warn!("GPU OOM, falling back to CPU");
         } else {
             tracing::warn!("GPU OOM, falling back to {lower}");
@@ -75,6 +81,7 @@ struct Fitted<'a> {
     context: ContextParams,
     simulated: Vec<DeviceBytes>,
     claim: Claim,
+    draft: Option<FittedDraft>,
 }
 
 /// Asks llama.cpp for the exact figures, compares them with what is free now, and claims it.
@@ -82,7 +89,7 @@ fn fit<'a>(
     config: Cow<'a, EngineConfig>,
     rung: Cow<'a, Rung>,
     planned: &Planned,
-    simulation: &Simulation,
+    (simulation, draft): (&Simulation, Option<&Simulation>),
 ) -> Result<Fitted<'a>, Box<Failure>> {
     let context = planned.context_params(&config, &rung);
     let simulated =
@@ -91,7 +98,19 @@ fn fit<'a>(
         let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
         Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
     })?;
-    Ok(Fitted { config, rung, context, simulated, claim })
+    let draft = match draft.zip(rung.draft.as_ref()) {
+        None => None,
+        Some((simulation, load)) => {
+            Some(drafts::fit(&config, planned, load, simulation, &simulated).map_err(|problem| match problem {
+                drafts::Unfit::Error(error) => Box::new(Failure::of(error, planned, &rung)),
+                drafts::Unfit::NoRoom(text) => {
+                    let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
+                    Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
+                }
+            })?)
+        }
+    };
+    Ok(Fitted { config, rung, context, simulated, claim, draft })
 }
 
 /// Loads a rung with the settings that were found for it, or are found now.
@@ -104,11 +123,13 @@ fn try_rung(
     let failed = |error: LoadError| Box::new(Failure::of(error, planned, rung));
     let model_params = planned.model_params(config, rung);
     let simulation = Simulation::load(&config.model_path, &model_params).map_err(|error| failed(error.into()))?;
-    let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, &simulation);
+    let draft = rung.draft.as_ref().map(|load| drafts::simulate(config, planned, load)).transpose().map_err(failed)?;
+    let simulations = (&simulation, draft.as_ref());
+    let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, simulations);
     let with = |settings: &TunedSettings| {
         let machine = &planned.machine.planned;
         let (config, rung) = tuning::tuned(config, &planned.model, machine, rung, settings)?;
-        fit(config, rung, planned, &simulation).ok()
+        fit(config, rung, planned, simulations).ok()
     };
     let not_now = |settings: &TunedSettings, found: TuneReport| TuneReport {
         source: TuneSource::Defaults,
@@ -142,9 +163,13 @@ fn try_rung(
             };
         }
     }
-    let Fitted { config, rung, context, simulated, claim } = fitted;
+    let Fitted { config, rung, context, simulated, claim, draft } = fitted;
     let status = Placement { tuning: found, ..planned.status(&config, &rung, &simulated) };
-    let loaded = start(&config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
+    let mut loaded = start(&config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
+    if let Some((fitted, load)) = draft.zip(rung.draft.as_ref()) {
+        drafts::add(&config, planned, (load, fitted), &mut loaded, report).map_err(failed)?;
+    }
+    progress(report, "ready", 1.0).map_err(failed)?;
     if let (Ok(before), Ok(after), false) = (free_before, planned.machine.gpu.estimate_memory(), rung.is_cpu()) {
         let device = planned.machine.gpu.device();
         let tensors: u64 = simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum();
@@ -171,11 +196,11 @@ fn claim(planned: &Planned, rung: &Rung, simulated: &[DeviceBytes]) -> Result<Cl
     })
 }
 
-fn out_of_memory(limit_bytes: u64, used_bytes: u64, needed_bytes: u64) -> String {
+pub(super) fn out_of_memory(limit_bytes: u64, used_bytes: u64, needed_bytes: u64) -> String {
     PlanError::OutOfMemory { what: "GPU", used_bytes, needed_bytes, limit_bytes }.to_string()
 }
 
-fn total(bytes: &DeviceBytes) -> u64 {
+pub(super) fn total(bytes: &DeviceBytes) -> u64 {
     bytes.weights_bytes + bytes.kv_bytes + bytes.compute_bytes
 }
 

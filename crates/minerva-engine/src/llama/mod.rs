@@ -2,6 +2,7 @@
 
 mod backend;
 mod claims;
+mod drafts;
 mod ladder;
 mod machine;
 mod overhead;
@@ -46,8 +47,8 @@ fn probed(config: &EngineConfig) -> Result<Machine, LoadError> {
 
 /// Plans a load without doing it, with the settings that an earlier load found, if one did.
 pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<(Plan, TuneReport), LoadError> {
-    let (model, plan) = placement::plan_for(config, machine)?;
-    Ok(tuning::planned(config, &model, machine, plan))
+    let (shapes, plan) = placement::plan_for(config, machine)?;
+    Ok(tuning::planned(config, &shapes.model, machine, plan))
 }
 
 /// This machine, for a plan that people read: its speed is measured even where it decides nothing.
@@ -92,7 +93,6 @@ fn start(
     let mut backend = LlamaBackend::new(context, claim);
     progress(report, "warm-up", 0.95)?;
     backend.warm_up();
-    progress(report, "ready", 1.0)?;
     let info = ModelInfo {
         name: config.model_name(),
         description: model.description(),
@@ -105,9 +105,10 @@ fn start(
         n_seq_max: context_params.n_seq_max,
         n_cells: context_params.n_ctx,
         has_chat_template,
+        draft: None,
         placement: Placement { memory: measured(&placement.memory, &backend), ..placement },
     };
-    Ok((Loaded { backend: Box::new(backend), tokenizer: Arc::new(tokenizer) }, info))
+    Ok((Loaded { backend: Box::new(backend), tokenizer: Arc::new(tokenizer), drafter: None }, info))
 }
 
 /// The plan's bytes replaced by those that the context really has.

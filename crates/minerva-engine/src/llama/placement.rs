@@ -5,6 +5,7 @@ use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Plan, PlanError, PlanMachine, Rung, Wishes};
 use minerva_llama::{ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
 
+use super::drafts;
 use super::machine::{Machine, n_threads};
 use crate::config::{EngineConfig, FlashAttention, KvType};
 use crate::error::LoadError;
@@ -18,33 +19,58 @@ pub(super) struct Planned {
     pub(super) model: ModelShape,
 }
 
+/// What plans are made of: the shapes of the model and of its draft model.
+pub(super) struct Shapes {
+    pub(super) model: ModelShape,
+    draft: Option<ModelShape>,
+}
+
 /// Plans for a machine that was looked at.
 pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
-    let (model, plan) = plan_for(config, &machine.planned)?;
-    Ok(Planned { machine, plan, model })
+    let (shapes, plan) = plan_for(config, &machine.planned)?;
+    Ok(Planned { machine, plan, model: shapes.model })
 }
 
 /// Reads the header and plans.
-pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<(ModelShape, Plan), LoadError> {
+pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<(Shapes, Plan), LoadError> {
     let header = Header::open(&config.model_path)?;
     let model = ModelShape::of(&header).map_err(LoadError::Estimate)?;
+    let draft = drafts::shape(config, &header)?;
+    let shapes = Shapes { model, draft };
+    let model = &shapes.model;
     let wishes = config.wishes();
     if let Some(context) = wishes.context_tokens.filter(|&context| context > model.context_train_tokens) {
         let trained = model.context_train_tokens;
         tracing::warn!("a context of {context} tokens is more than the {trained} that the model was trained for");
     }
-    let plan = minerva_gpu::plan::plan(&model, &wishes, machine).map_err(|problem| match problem {
+    let plan = shapes.plan(config, &wishes, machine).map_err(|problem| match problem {
         PlanError::Wish { setting, problem } => LoadError::Setting { name: setting, problem },
         PlanError::OutOfMemory { .. } if !config.fallback_to_cpu => {
             // Nothing else may run; the table says what would.
             let anything = Wishes { cpu_fallback: true, gpu_layers: None, ..wishes.clone() };
-            let table = minerva_gpu::plan::plan(&model, &anything, machine)
+            let table = minerva_gpu::plan::plan(model, &anything, machine)
                 .map_or_else(|_| String::new(), |plan| plan.to_string());
             LoadError::NoFallback { problem: problem.to_string(), table }
         }
         problem => LoadError::Plan(problem),
     })?;
-    Ok((model, plan))
+    Ok((shapes, plan))
+}
+
+impl Shapes {
+    fn plan(&self, config: &EngineConfig, wishes: &Wishes, machine: &PlanMachine) -> Result<Plan, PlanError> {
+        let (Some(draft), Some(asked)) = (&self.draft, &config.draft) else {
+            return minerva_gpu::plan::plan(&self.model, wishes, machine);
+        };
+        if !self.model.can_be_cut() {
+            let mut plan = minerva_gpu::plan::plan(&self.model, wishes, machine)?;
+            let gave_up = "the draft model: what the main model computed along cannot be taken back";
+            plan.rungs.iter_mut().for_each(|rung| rung.gave_up.push(gave_up.to_owned()));
+            return Ok(plan);
+        }
+        let asked = drafts::wishes(asked, config.device, machine)?;
+        minerva_gpu::plan::plan_with_draft(&self.model, wishes, machine, draft, &asked)
+    }
 }
 
 impl Planned {

@@ -47,6 +47,16 @@ use self::row::{Patch, Row};
 pub use self::stage::SamplerStage;
 use crate::request::TokenId;
 
+/// The likeliest token of a row and how likely it is before any sampling; `None` for a row without one.
+pub fn likeliest(logits: &[f32]) -> Option<(TokenId, f32)> {
+    let row = Row::new(logits);
+    let mut blocks = Vec::new();
+    let top = row.find_maxima(&mut blocks);
+    let token = row.first_at(top, &blocks).filter(|_| top.is_finite())?;
+    let all = row.weigh(top, 1.0, &mut blocks);
+    Some((token, (1.0 / all) as f32))
+}
+
 /// The sampler of one request.
 #[derive(Debug, Clone)]
 pub struct Sampler {

@@ -76,6 +76,10 @@ impl Budget {
         &self.costs
     }
 
+    pub(super) fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
+
     /// Learns from a step that was computed.
     pub fn learn(&mut self, work: Work, step_us: u64) {
         self.costs.learn(work, step_us);

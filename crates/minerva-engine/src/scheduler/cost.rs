@@ -29,6 +29,10 @@ pub(super) struct Costs {
     prefill: Line,
     /// Time of a step that only decodes over its rows.
     rows: Line,
+    /// Time in which a draft model writes one more token of each guess, over the guesses.
+    draft: Line,
+    /// Time of a token that a draft model is behind by, over nothing.
+    feed: Line,
 }
 
 impl Costs {
@@ -57,6 +61,32 @@ impl Costs {
     /// What one more row adds to a step that only decodes; 0 while nothing is known.
     pub(super) fn row_us(&self) -> f64 {
         self.rows.slope()
+    }
+
+    /// A draft model took so many rounds for a token of each guess; the guesses of all rounds are counted.
+    pub(super) fn learn_draft(&mut self, n_rounds: u32, n_guesses: u32, all_us: u64) {
+        if n_rounds > 0 {
+            let n_rounds = f64::from(n_rounds);
+            self.draft.learn(f64::from(n_guesses) / n_rounds, all_us as f64 / n_rounds);
+        }
+    }
+
+    /// A draft model computed tokens that it was behind by.
+    pub(super) fn learn_feed(&mut self, n_tokens: u32, all_us: u64) {
+        if n_tokens > 0 {
+            self.feed.learn(0.0, all_us as f64 / f64::from(n_tokens));
+        }
+    }
+
+    /// What one more token of a guess takes of a draft model's time, where so many sequences get a guess; `None` while nothing is known.
+    pub(super) fn draft_token_us(&self, n_guesses: usize) -> Option<f64> {
+        let n_guesses = n_guesses.max(1) as f64;
+        self.draft.at(n_guesses).map(|round_us| round_us / n_guesses)
+    }
+
+    /// What a draft model takes for a token that it is behind by; `None` while nothing is known.
+    pub(super) fn feed_token_us(&self) -> Option<f64> {
+        self.feed.at(0.0).filter(|&us| us > 0.0)
     }
 
     /// The time of a prompt's token at a place; `None` while nothing is known.

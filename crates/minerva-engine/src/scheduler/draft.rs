@@ -1,20 +1,13 @@
-//! Guesses at the next tokens of a sequence, which are computed along with its last token and kept only as far as sampling agrees.
+//! How much guessing is worth: for each sequence, how long the next guess may be, if there is one at all.
 //!
-//! A guess costs rows and never changes an answer: each of its tokens is sampled from the scores that it would have had anyway, and
-//! the first one that differs ends it. What a sequence says again is guessed from what it has said before (prompt lookup); how
-//! much is worth guessing comes from how often guesses were right and what a row costs.
+//! A guess costs rows, and a draft model's time, and never changes an answer: each of its tokens is sampled from the scores that it
+//! would have had anyway, and the first one that differs ends it. How long a guess pays follows from how often guesses were right and
+//! from what a row and a drafted token take. Who guesses is behind [`Drafter`](crate::drafter::Drafter).
 
 use super::cost::Costs;
-use crate::request::TokenId;
 
-/// So many tokens have to be the same for what followed them to be a guess.
-const N_GRAM: usize = 3;
-
-/// How far back they are looked for, so that a step of a long context stays short.
-const MOST_SEARCHED_TOKENS: usize = 16 << 10;
-
-/// The longest guess.
-const MOST_GUESSED_TOKENS: usize = 12;
+/// The longest guess from what the text has said before.
+pub(super) const MOST_LOOKED_UP_TOKENS: usize = 12;
 
 /// Trust in the first guess of a request: half of them pay.
 const FIRST_TRUST: f64 = 0.7;
@@ -28,17 +21,31 @@ const LEAST_TRUST: f64 = 0.05;
 /// Tokens after which somebody who is not trusted may try again.
 const TRY_AGAIN_TOKENS: u32 = 48;
 
+/// A draft model that went on being too slow tries again after so many times as many.
+const MOST_PATIENCE: u32 = 8;
+
+/// Tokens of a guess that finds out whether the draft model pays, and of those before its speed is known.
+const TRIAL_TOKENS: usize = 4;
+
+/// Gain of a draft model that was not measured yet, and the least that is remembered of a bad one.
+const FIRST_GAIN: f64 = 1.2;
+const LEAST_GAIN: f64 = 0.8;
+
 /// How good the guesses for one sequence are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Trust {
     /// The share of guessed tokens that were right, the first wrong one of each guess included.
     rate: f64,
     n_since_guess: u32,
+    /// How many times as fast the sequence was with guesses than without.
+    gain: f64,
+    /// How many times as long it waits to try again.
+    patience: u32,
 }
 
 impl Default for Trust {
     fn default() -> Self {
-        Self { rate: FIRST_TRUST, n_since_guess: 0 }
+        Self { rate: FIRST_TRUST, n_since_guess: 0, gain: FIRST_GAIN, patience: 1 }
     }
 }
 
@@ -52,16 +59,46 @@ impl Trust {
         }
     }
 
+    /// A step with a draft gave `gain` times the tokens in its time that it would have given without.
+    pub(super) fn measure(&mut self, gain: f64) {
+        self.n_since_guess = 0;
+        let was_worth_it = self.gain >= 1.0;
+        self.gain = (self.gain + LEARN * (gain - self.gain)).max(LEAST_GAIN);
+        match (was_worth_it, gain >= 1.0) {
+            (_, true) => self.patience = 1,
+            (true, false) => {}
+            (false, false) => self.patience = (self.patience * 2).min(MOST_PATIENCE),
+        }
+    }
+
     /// One more token without a guess.
     pub(super) fn pass(&mut self) {
         self.n_since_guess = self.n_since_guess.saturating_add(1);
     }
 
-    /// How many tokens to guess: as long as the time that a right guess saves, times how likely it is, is more than its row takes.
+    /// How many tokens to look up: as long as the time that a right guess saves, times how likely it is, is more than its row takes.
     pub(super) fn worth(&self, costs: &Costs, n_decode: usize, n_cells: u64) -> usize {
-        let (step_us, row_us) = (costs.decode_us(n_decode, n_cells), costs.row_us());
+        let n = self.length(costs.decode_us(n_decode, n_cells), costs.row_us(), n_decode, MOST_LOOKED_UP_TOKENS);
+        // Texts change: a single row now and then finds out.
+        if n == 0 && self.n_since_guess >= TRY_AGAIN_TOKENS { 1 } else { n }
+    }
+
+    /// How many tokens a draft model should write, at most `most`. Each of them takes its time too; a sequence that was no faster with
+    /// them gets none.
+    pub(super) fn worth_drafting(&self, costs: &Costs, n_decode: usize, n_cells: u64, most: usize) -> usize {
+        let Some(token_us) = costs.draft_token_us(n_decode) else { return most.min(TRIAL_TOKENS) };
+        let row_us = costs.row_us() + token_us;
+        let n = self.length(costs.decode_us(n_decode, n_cells), row_us, n_decode, most);
+        if n > 0 && self.gain >= 1.0 {
+            return n;
+        }
+        let may_try = self.n_since_guess >= TRY_AGAIN_TOKENS * self.patience;
+        if may_try { most.min(TRIAL_TOKENS) } else { 0 }
+    }
+
+    fn length(&self, step_us: f64, row_us: f64, n_decode: usize, most: usize) -> usize {
         let (mut n, mut likely, mut tokens, mut time) = (0, 1.0, n_decode as f64, step_us);
-        while n < MOST_GUESSED_TOKENS {
+        while n < most {
             likely *= self.rate;
             if likely < LEAST_TRUST || likely * time < row_us * tokens {
                 break;
@@ -70,65 +107,14 @@ impl Trust {
             tokens += likely;
             time += row_us;
         }
-        // Texts change: a single row now and then finds out.
-        if n == 0 && self.n_since_guess >= TRY_AGAIN_TOKENS { 1 } else { n }
-    }
-}
-
-/// What followed the last time that the text ended like this, `most` tokens of it; nothing when it never did.
-pub(super) fn look_up(tokens: &[TokenId], most: usize, guess: &mut Vec<TokenId>) {
-    guess.clear();
-    let Some(at) = tokens.len().checked_sub(N_GRAM) else { return };
-    let (before, end) = tokens.split_at(at);
-    let from = before.len().saturating_sub(MOST_SEARCHED_TOKENS);
-    // The newest first. It may overlap with the end, as in a row of equal tokens.
-    let Some(found) = (from..before.len()).rev().find(|&i| tokens[i..i + N_GRAM] == *end) else { return };
-    for next in found + N_GRAM..found + N_GRAM + most {
-        // Where the text ends the guess goes on with itself: what repeats itself does so again.
-        guess.push(tokens.get(next).copied().unwrap_or_else(|| guess[next - tokens.len()]));
+        n
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::super::cost::Work;
     use super::*;
-
-    fn guess(tokens: &[TokenId], most: usize) -> Vec<TokenId> {
-        let mut guess = vec![9; 3]; // of another step
-        look_up(tokens, most, &mut guess);
-        guess
-    }
-
-    #[test]
-    fn what_followed_the_last_time_is_the_guess() {
-        assert_eq!(guess(&[1, 2, 3, 4, 5, 1, 2, 3], 3), [4, 5, 1]);
-        assert_eq!(guess(&[1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1), [5], "the newest");
-        assert_eq!(guess(&[1, 2, 3, 4, 1, 2, 3], 9), [4, 1, 2, 3, 4, 1, 2, 3, 4], "beyond the end it goes on");
-        assert_eq!(guess(&[7, 7, 7, 7], 3), [7, 7, 7]);
-        for nothing in [&[1, 2, 3, 4][..], &[1, 2], &[]] {
-            assert!(guess(nothing, 9).is_empty());
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn a_guess_follows_the_same_tokens_somewhere_before(tokens in prop::collection::vec(0..4, 0..60), most in 0_usize..9) {
-            let guess = guess(&tokens, most);
-            let has_ended_like_this = tokens.len() > 3 && {
-                let (before, end) = (&tokens[..tokens.len() - 1], &tokens[tokens.len() - 3..]);
-                before.windows(3).any(|window| window == end)
-            };
-            prop_assert_eq!(guess.len(), if has_ended_like_this { most } else { 0 });
-            if has_ended_like_this && most > 0 {
-                let text = [&tokens[..], &guess].concat();
-                let like_it = &text[tokens.len() - 3..=tokens.len()];
-                prop_assert!(text[..text.len() - 1].windows(4).any(|window| window == like_it));
-            }
-        }
-    }
 
     fn costs(one_us: u64, row_us: u64) -> Costs {
         let mut costs = Costs::default();
@@ -154,6 +140,42 @@ mod tests {
         for _ in 0..20 {
             trust.learn(1, 1);
         }
-        assert_eq!(trust.worth(&cheap, 1, 0), MOST_GUESSED_TOKENS);
+        assert_eq!(trust.worth(&cheap, 1, 0), MOST_LOOKED_UP_TOKENS);
+    }
+
+    #[test]
+    fn drafts_get_shorter_as_the_draft_model_gets_slower() {
+        let (trust, mut costs) = (Trust::default(), costs(10_000, 500));
+        assert_eq!(trust.worth_drafting(&costs, 1, 0, 16), TRIAL_TOKENS, "nobody knows yet");
+        let mut longest = usize::MAX;
+        for token_us in [100, 2_000, 6_000, 20_000] {
+            (0..50).for_each(|_| costs.learn_draft(4, 4, 4 * token_us));
+            let n = trust.worth_drafting(&costs, 1, 0, 16);
+            assert!(n <= longest, "{token_us} us a token, {n} tokens");
+            longest = n;
+        }
+        assert_eq!(longest, 0, "a draft token that takes twice a step is worth nothing");
+    }
+
+    #[test]
+    fn a_sequence_that_is_no_faster_gets_no_drafts_and_tries_again_more_and_more_seldom() {
+        let (mut trust, mut costs) = (Trust::default(), costs(10_000, 500));
+        costs.learn_draft(4, 4, 400);
+        assert!(trust.worth_drafting(&costs, 1, 0, 16) > TRIAL_TOKENS);
+        (0..20).for_each(|_| trust.measure(0.7));
+        let mut waits = Vec::new();
+        for _ in 0..6 {
+            let mut wait = 0;
+            while trust.worth_drafting(&costs, 1, 0, 16) == 0 {
+                trust.pass();
+                wait += 1;
+            }
+            waits.push(wait);
+            trust.measure(0.7);
+        }
+        assert!(waits.is_sorted() && waits[0] >= TRY_AGAIN_TOKENS, "{waits:?}");
+        assert_eq!(waits.last(), Some(&(TRY_AGAIN_TOKENS * MOST_PATIENCE)));
+        (0..4).for_each(|_| trust.measure(3.0));
+        assert!(trust.worth_drafting(&costs, 1, 0, 16) > TRIAL_TOKENS, "it pays again");
     }
 }

@@ -52,6 +52,18 @@ pub struct Policy {
     pub max_itl_us: Option<u64>,
     /// Bytes of host memory for what sequences held when they had to give their cells away.
     pub host_cache_bytes: u64,
-    /// Whether tokens may be guessed at all.
+    /// Whether tokens may be guessed from what a text has said before.
     pub guess: bool,
+    /// How a draft model may be used; `None` without one.
+    #[serde(default)]
+    pub draft: Option<DraftLimits>,
+}
+
+/// How long the guesses of a draft model may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DraftLimits {
+    /// The most tokens of a guess.
+    pub max_tokens: u32,
+    /// Where no guess of so many tokens has room, there is none.
+    pub min_tokens: u32,
 }

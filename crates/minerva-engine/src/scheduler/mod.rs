@@ -25,16 +25,18 @@ mod trace;
 
 pub use budget::{Budget, Demand};
 pub use cost::Work;
-pub use job::{ClientId, Job, Policy, RequestId, Terms};
+pub use job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 pub use parked::ParkId;
 use queue::Queue;
-use seats::Seats;
+pub use seats::Guesses;
+use seats::{Asked, Seats};
 pub(crate) use trace::Traced;
 pub use trace::{ReplayError, Replayed, replay};
 
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{BackendLimits, Row, SeqId};
+use crate::drafter::{Drafted, Wish};
 use crate::request::TokenId;
 
 /// A change of the cache that has to happen before the next step.
@@ -149,6 +151,8 @@ pub struct Scheduler {
     prompts: Vec<SeqId>,
     /// The sequences that decode; here for its room.
     decoding: Vec<SeqId>,
+    /// What the draft model took for the step to come, in microseconds.
+    draft_us: u64,
 }
 
 impl Scheduler {
@@ -162,6 +166,7 @@ impl Scheduler {
             budget: Budget::new(limits),
             prompts: Vec::new(),
             decoding: Vec::new(),
+            draft_us: 0,
         }
     }
 
@@ -256,9 +261,46 @@ impl Scheduler {
         self.seats.copy_failed(seq);
     }
 
-    /// Fills `step` with the next tokens to compute; it stays empty when nothing runs.
-    pub fn step(&mut self, step: &mut Step) {
-        step.clear();
+    /// Fills `wishes` with what a draft model should guess for the next step. Call it before [`step`](Self::step), and
+    /// [`drafted`](Self::drafted) with the answer if there are any.
+    pub fn wishes(&mut self, wishes: &mut Vec<Wish>) {
+        wishes.clear();
+        let Some(limits) = self.policy.draft else { return };
+        self.choose_decoding();
+        if !self.can_guess() {
+            return;
+        }
+        let (costs, n_decode) = (self.budget.costs(), self.decoding.len());
+        let n_free = self.limits.n_batch as usize - n_decode;
+        wishes.extend(self.decoding.iter().filter_map(|&seq| {
+            let most = (n_free + 1).saturating_sub(self.seats.seat_of(seq).pending().len());
+            self.seats.wish(seq, Asked { costs, n_decode, most }, limits, self.policy.guess)
+        }));
+    }
+
+    /// All tokens of a sequence: those that the cache holds and those that are still to be computed.
+    pub fn history(&self, seq: SeqId) -> &[TokenId] {
+        self.seats.seat_of(seq).history()
+    }
+
+    /// What the draft model answered to the wishes.
+    pub fn drafted(&mut self, drafted: &Drafted) {
+        let costs = self.budget.costs_mut();
+        costs.learn_draft(drafted.n_rounds, drafted.n_round_guesses, drafted.rounds_us);
+        costs.learn_feed(drafted.n_fed, drafted.fed_us);
+        self.draft_us = drafted.rounds_us;
+        for draft in &drafted.drafts {
+            self.seats.drafted(draft);
+        }
+    }
+
+    /// The draft model failed: nothing is asked of it any more.
+    pub fn no_drafts(&mut self) {
+        self.policy.draft = None;
+    }
+
+    /// The sequences of the next step that decode.
+    fn choose_decoding(&mut self) {
         let n_batch = self.limits.n_batch as usize;
         // The longest admitted, if there are more than a batch holds.
         self.decoding.clear();
@@ -266,6 +308,13 @@ impl Scheduler {
         // By number: where each sequence has a stream of cells, llama.cpp computes at once only sequences whose numbers follow
         // one another in the batch (`split_equal`). Seven and then the first took 84 ms, the eight in order 71.
         self.decoding.sort_unstable();
+    }
+
+    /// Fills `step` with the next tokens to compute; it stays empty when nothing runs.
+    pub fn step(&mut self, step: &mut Step) {
+        step.clear();
+        self.choose_decoding();
+        let n_batch = self.limits.n_batch as usize;
         let mut n_free = n_batch - self.decoding.len();
         for i in 0..self.decoding.len() {
             n_free -= self.decode_rows(self.decoding[i], n_free, step);
@@ -301,9 +350,9 @@ impl Scheduler {
         let is_whole = n == rest.len();
         step.rows.extend(rest[..n].iter().zip(pos..).map(|(&token, pos)| Row { seq, token, pos, output: false }));
         if is_whole {
-            let most = if self.may_guess() { n_free + 1 - n } else { 0 };
-            let (n_decode, n_cells) = (self.decoding.len(), u64::from(pos));
-            let guess = self.seats.guess(seq, self.budget.costs(), n_decode, n_cells, most);
+            let most = if self.can_guess() { n_free + 1 - n } else { 0 };
+            let asked = Asked { costs: self.budget.costs(), n_decode: self.decoding.len(), most };
+            let guess = self.seats.guess(seq, asked, self.policy.guess);
             let after = (pos + n as u32)..;
             step.rows.extend(guess.iter().zip(after).map(|(&token, pos)| Row { seq, token, pos, output: true }));
             let last = first + n - 1;
@@ -313,8 +362,9 @@ impl Scheduler {
         step.rows.len() - first - 1
     }
 
-    fn may_guess(&self) -> bool {
-        self.policy.guess && self.limits.keeps_beginnings && self.is_one_pass()
+    /// Whether rows of guesses can be computed along, and taken back.
+    fn can_guess(&self) -> bool {
+        self.limits.keeps_beginnings && self.is_one_pass()
     }
 
     /// Where each sequence has a stream of cells, llama.cpp computes at once only as many rows of each as the shortest has: one longer
@@ -343,6 +393,13 @@ impl Scheduler {
         self.seats.count_step();
         let (decode, prefill) = step.rows.split_at(step.rows.len() - step.n_prefill);
         let cells = |rows: &[Row]| rows.iter().map(|row| u64::from(row.pos)).sum::<u64>();
+        let n_decode = self.decoding.len();
+        let n_cells = cells(decode) * n_decode as u64 / decode.len().max(1) as u64;
+        let plain_us = self.budget.costs().decode_us(n_decode, n_cells);
+        let spent_us = step_us + std::mem::take(&mut self.draft_us);
+        // Beside prompts the time says nothing about guesses.
+        let is_telling = prefill.is_empty() && plain_us > 0.0 && spent_us > 0;
+        self.seats.time_ratio = is_telling.then(|| plain_us / spent_us as f64);
         self.budget.learn(
             Work {
                 n_decode: decode.len(),
@@ -381,11 +438,12 @@ impl Scheduler {
     /// guessed any more.
     pub fn cut_failed(&mut self, seq: SeqId) {
         self.policy.guess = false;
+        self.policy.draft = None;
         self.seats.compute_again(seq);
     }
 
     /// Guessed tokens that were computed, and how many of these were right, since this was asked last.
-    pub fn guesses(&mut self) -> (u64, u64) {
+    pub fn guesses(&mut self) -> Guesses {
         self.seats.take_guesses()
     }
 

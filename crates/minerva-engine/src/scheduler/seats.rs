@@ -7,13 +7,17 @@ mod sharing;
 use sharing::Source;
 
 use super::cost::Costs;
-use super::draft::{Trust, look_up};
-use super::job::{ClientId, Job, Policy, RequestId, Terms};
+use super::draft::Trust;
+use super::job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 use super::parked::Parked;
 use super::queue::Waiting;
 use super::{Admission, CacheOp};
 use crate::backend::{BackendLimits, Row, SeqId};
+use crate::drafter::{Draft, Lookup, Wish, look_up};
 use crate::request::TokenId;
+
+/// Tokens that a draft model may catch up in a step before its speed is known, and in any case.
+const FIRST_FEED_TOKENS: u32 = 32;
 
 /// One sequence. `tokens[..n_cells]` is what the cache holds; while it runs, one more token may wait to be computed.
 #[derive(Debug, Default)]
@@ -34,7 +38,17 @@ pub(super) struct Seat {
     is_guess_computed: bool,
     /// Something else was sampled: what follows now is not what was guessed, whichever token it is.
     is_guess_over: bool,
+    /// In what the text has said before.
     trust: Trust,
+    /// In the draft model.
+    draft_trust: Trust,
+    /// What the draft model gave for the next step; `None` when it was not asked, or had not caught up.
+    draft: Option<Vec<TokenId>>,
+    /// The guesses of this step are the draft model's, and whether it was asked at all.
+    is_drafted: bool,
+    was_draft_asked: bool,
+    /// Tokens that the draft model keeps.
+    n_draft_held: usize,
     /// Steps since the owner came here.
     n_steps: u32,
     tokens: Vec<TokenId>,
@@ -59,6 +73,11 @@ impl Seat {
     /// What is not computed yet: the token that was sampled last, or several that had to follow.
     pub(super) fn pending(&self) -> &[TokenId] {
         &self.tokens[self.n_cells..]
+    }
+
+    /// All its tokens.
+    pub(super) fn history(&self) -> &[TokenId] {
+        &self.tokens
     }
 
     /// More tokens that it may come to have.
@@ -103,6 +122,10 @@ pub(super) struct Seats {
     stamp: u64,
     /// Guessed tokens, and right ones.
     guesses: (u64, u64),
+    /// Of these, the draft model's.
+    drafts: (u64, u64),
+    /// What the last step gave with drafts, as a multiple of what it would have given without; `None` when that says nothing.
+    pub(super) time_ratio: Option<f64>,
     /// No copy has failed yet.
     can_copy: bool,
     /// No move has failed yet.
@@ -118,6 +141,8 @@ impl Seats {
             parked: Parked::new(limits, policy.host_cache_bytes),
             stamp: 0,
             guesses: (0, 0),
+            drafts: (0, 0),
+            time_ratio: None,
             can_copy: limits.keeps_beginnings,
             can_move: true,
         }
@@ -265,6 +290,10 @@ impl Seats {
         seat.guessed.clear();
         seat.is_guess_computed = false;
         seat.trust = Trust::default();
+        seat.draft_trust = Trust::default();
+        seat.draft = None;
+        seat.was_draft_asked = false;
+        seat.n_draft_held = seat.n_draft_held.min(n_keep);
         seat.tokens.clear();
         seat.tokens.extend_from_slice(&job.prompt);
         seat.tokens.reserve(job.max_tokens.min(4096) as usize);
@@ -336,16 +365,49 @@ impl Seats {
         }
     }
 
-    /// The tokens that are guessed to follow what is pending, at most `most`.
-    pub(super) fn guess(
-        &mut self,
-        seq: SeqId,
-        costs: &Costs,
-        n_decode: usize,
-        n_cells: u64,
-        most: usize,
-    ) -> &[TokenId] {
+    /// What is wanted of a draft model for a sequence, where that is worth its time.
+    pub(super) fn wish(&self, seq: SeqId, asked: Asked<'_>, limits: DraftLimits, looks_up: bool) -> Option<Wish> {
+        let seat = self.seat_of(seq);
+        let Asked { costs, n_decode, most } = asked;
+        let n_cells = u64::from(seat.n_cells());
+        let most = most.min(seat.n_left().saturating_sub(1)).min(limits.max_tokens as usize);
+        if !seat.guess || most < limits.min_tokens.max(1) as usize {
+            return None;
+        }
+        // What the text has said before costs nothing to find.
+        if looks_up && seat.trust.worth(costs, n_decode, n_cells) > 0 && Lookup::has_guess(&seat.tokens) {
+            return None;
+        }
+        let n_most = seat.draft_trust.worth_drafting(costs, n_decode, n_cells, most);
+        let n_behind = seat.tokens.len().saturating_sub(seat.n_draft_held) as f64;
+        let step_us = costs.decode_us(n_decode, n_cells);
+        let feed_us = costs.feed_token_us().unwrap_or(0.0);
+        // Drafts save no more than about a third of the steps that are left.
+        if n_most == 0 || n_behind * feed_us > seat.n_left() as f64 * step_us / 3.0 {
+            return None;
+        }
+        // Nobody waits for more than one step while the draft model catches up.
+        let n_feed = if feed_us > 0.0 { (step_us / feed_us) as u32 } else { FIRST_FEED_TOKENS };
+        let n_feed = n_feed.clamp(FIRST_FEED_TOKENS.min(self.limits.n_ubatch), self.limits.n_ubatch.max(1));
+        Some(Wish { seq, n_most: n_most as u32, n_feed })
+    }
+
+    /// The draft model's answer to a wish.
+    pub(super) fn drafted(&mut self, draft: &Draft) {
+        let Some(seat) = self.all.get_mut(draft.seq as usize).filter(|seat| seat.owner.is_some()) else { return };
+        seat.n_draft_held = draft.n_held as usize;
+        seat.draft = draft.is_complete.then(|| draft.tokens.clone());
+    }
+
+    /// The tokens that are guessed to follow what is pending, at most `most`: the draft model's if it gave some, or what followed
+    /// before if `looks_up`.
+    pub(super) fn guess(&mut self, seq: SeqId, asked: Asked<'_>, looks_up: bool) -> &[TokenId] {
+        let Asked { costs, n_decode, most } = asked;
         let seat = self.at(seq);
+        let n_cells = u64::from(seat.n_cells());
+        let draft = seat.draft.take();
+        seat.was_draft_asked = draft.is_some();
+        seat.is_drafted = false;
         seat.guessed.clear();
         seat.n_right = 0;
         seat.is_guess_computed = false;
@@ -355,31 +417,54 @@ impl Seats {
         if !seat.guess || most == 0 {
             return &[];
         }
-        let most = most.min(seat.trust.worth(costs, n_decode, n_cells));
+        if let Some(mut draft) = draft.filter(|draft| !draft.is_empty()) {
+            draft.truncate(most);
+            seat.guessed = draft;
+            seat.is_drafted = true;
+            seat.trust.pass();
+            return &seat.guessed;
+        }
+        let most = if looks_up { most.min(seat.trust.worth(costs, n_decode, n_cells)) } else { 0 };
         if most > 0 {
             look_up(&seat.tokens, most, &mut seat.guessed);
         }
         if seat.guessed.is_empty() {
             seat.trust.pass();
         }
+        if !seat.was_draft_asked {
+            seat.draft_trust.pass();
+        }
         &seat.guessed
     }
 
-    pub(super) fn take_guesses(&mut self) -> (u64, u64) {
-        std::mem::take(&mut self.guesses)
+    pub(super) fn take_guesses(&mut self) -> Guesses {
+        let (n_guessed, n_right) = std::mem::take(&mut self.guesses);
+        let (n_drafted, n_right_drafts) = std::mem::take(&mut self.drafts);
+        Guesses { n_guessed, n_right, n_drafted, n_right_drafts }
     }
 
     /// All that was sampled of a sequence in this step is known: the cells of wrong guesses have to go. Returns how many stay.
     pub(super) fn settle(&mut self, seq: SeqId) -> Option<usize> {
+        let ratio = self.time_ratio;
         let seat = self.at(seq);
+        // An asked draft model took its time even if it had no guess.
+        if std::mem::take(&mut seat.was_draft_asked)
+            && let Some(ratio) = ratio
+        {
+            seat.draft_trust.measure((1 + seat.n_right) as f64 * ratio);
+        }
         if !seat.is_guess_computed {
             seat.guessed.clear();
             return None;
         }
         let (n_guessed, n_right) = (seat.guessed.len(), seat.n_right);
-        seat.trust.learn(n_guessed, n_right);
-        self.guesses.0 += n_guessed as u64;
-        self.guesses.1 += n_right as u64;
+        let is_drafted = seat.is_drafted;
+        if is_drafted { &mut seat.draft_trust } else { &mut seat.trust }.learn(n_guessed, n_right);
+        let add = |total: &mut (u64, u64)| *total = (total.0 + n_guessed as u64, total.1 + n_right as u64);
+        add(&mut self.guesses);
+        if is_drafted {
+            add(&mut self.drafts);
+        }
         let seat = self.at(seq);
         seat.guessed.clear();
         seat.is_guess_computed = false;
@@ -437,6 +522,27 @@ impl Seats {
     pub(super) fn discard(&mut self, seq: SeqId) {
         self.at(seq).clear();
     }
+}
+
+/// Under which circumstances a guess is wanted: what things cost, how many sequences decode beside it, and how many tokens have room.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub(super) costs: &'a Costs,
+    pub(super) n_decode: usize,
+    pub(super) most: usize,
+}
+
+/// Guesses that were computed, and how many of them were right.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Guesses {
+    /// Guessed tokens.
+    pub n_guessed: u64,
+    /// Right ones.
+    pub n_right: u64,
+    /// Those of the draft model among the guessed ones.
+    pub n_drafted: u64,
+    /// And among the right ones.
+    pub n_right_drafts: u64,
 }
 
 /// How many tokens both begin with.

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Admission, Copy, Job, ParkId, Policy, RequestId, Scheduler, Step};
+use super::{Admission, Copy, Guesses, Job, ParkId, Policy, RequestId, Scheduler, Step};
 use crate::backend::{BackendLimits, SeqId};
+use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
 
 /// A file does not grow beyond this: about a day of a busy server.
@@ -37,6 +38,8 @@ enum Call {
     ParkLost { at: ParkId },
     ParkFailed { at: ParkId },
     Dropped { ids: Vec<ParkId> },
+    Drafted { drafted: Drafted },
+    NoDrafts,
     Step { rows: Vec<Run> },
     Computed { step_us: u64 },
     Forks { seq: SeqId, forks: Vec<SeqId> },
@@ -197,6 +200,30 @@ impl Traced {
         ids
     }
 
+    pub(crate) fn wishes(&mut self, wishes: &mut Vec<Wish>) {
+        self.scheduler.wishes(wishes); // changes nothing
+    }
+
+    pub(crate) fn history(&self, seq: SeqId) -> &[TokenId] {
+        self.scheduler.history(seq)
+    }
+
+    pub(crate) fn drafted(&mut self, drafted: &Drafted) {
+        self.note(|writer| {
+            let drafts = drafted.drafts.iter().map(|draft| {
+                let tokens = draft.tokens.iter().map(|&token| writer.hide(token)).collect();
+                Draft { tokens, ..draft.clone() }
+            });
+            Call::Drafted { drafted: Drafted { drafts: drafts.collect(), ..drafted.clone() } }
+        });
+        self.scheduler.drafted(drafted);
+    }
+
+    pub(crate) fn no_drafts(&mut self) {
+        self.note(|_| Call::NoDrafts);
+        self.scheduler.no_drafts();
+    }
+
     pub(crate) fn step(&mut self, step: &mut Step) {
         self.scheduler.step(step);
         self.note(|_| Call::Step { rows: runs(step) });
@@ -246,7 +273,7 @@ impl Traced {
         self.forget_prefix(seq);
     }
 
-    pub(crate) fn guesses(&mut self) -> (u64, u64) {
+    pub(crate) fn guesses(&mut self) -> Guesses {
         self.scheduler.guesses()
     }
 
@@ -412,6 +439,8 @@ impl Call {
             Self::ParkLost { at } => scheduler.park_lost(*at),
             Self::ParkFailed { at } => scheduler.park_failed(*at),
             Self::Dropped { ids } => *ids = scheduler.dropped(),
+            Self::Drafted { drafted } => scheduler.drafted(drafted),
+            Self::NoDrafts => scheduler.no_drafts(),
             Self::Step { rows } => {
                 scheduler.step(step);
                 *rows = runs(step);

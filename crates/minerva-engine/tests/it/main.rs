@@ -4,6 +4,8 @@
 mod canary;
 mod constrained;
 mod contract;
+mod draft_model;
+mod drafts;
 mod dropping;
 mod ending;
 mod fairness;

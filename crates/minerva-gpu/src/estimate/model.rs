@@ -189,6 +189,11 @@ impl ModelShape {
         self.window_tokens > 0
     }
 
+    /// Whether each token of the past has a cell of its own, so that a sequence can be cut anywhere: no recurrent states.
+    pub fn can_be_cut(&self) -> bool {
+        self.memory == Memory::Attention
+    }
+
     /// Bytes of each layer's experts.
     pub(crate) fn expert_bytes(&self) -> impl Iterator<Item = u64> + '_ {
         self.layers.iter().map(|layer| {

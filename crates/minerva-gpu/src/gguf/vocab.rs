@@ -8,23 +8,26 @@ use super::metadata::Metadata;
 use super::unique::UniqueStrings;
 use super::value::{Array, StringArray, Value};
 
-const MODEL: &str = "tokenizer.ggml.model";
-const TOKENS: &str = "tokenizer.ggml.tokens";
+pub(super) const MODEL: &str = "tokenizer.ggml.model";
+pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
 const SCORES: &str = "tokenizer.ggml.scores";
 const TOKEN_TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const CHARACTER_MAP: &str = "tokenizer.ggml.precompiled_charsmap";
 const SUPPRESSED: &str = "tokenizer.ggml.suppress_tokens";
-const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
-const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
+pub(super) const BOS: &str = "tokenizer.ggml.bos_token_id";
+pub(super) const EOS: &str = "tokenizer.ggml.eos_token_id";
+pub(super) const PRE_TOKENIZER: &str = "tokenizer.ggml.pre";
+pub(super) const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+pub(super) const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 
 /// llama.cpp's `LLAMA_TOKEN_TYPE_BYTE`.
 const BYTE_TOKEN: i32 = 6;
 
 /// Ids of tokens that llama.cpp ignores, with a warning, where they are not in the vocabulary.
 const TOKEN_IDS: [&str; 17] = [
-    "tokenizer.ggml.bos_token_id",
-    "tokenizer.ggml.eos_token_id",
+    BOS,
+    EOS,
     "tokenizer.ggml.eot_token_id",
     "tokenizer.ggml.eom_token_id",
     "tokenizer.ggml.unknown_token_id",
@@ -58,12 +61,12 @@ const PRE_TOKENIZERS_WITH_BOS: [&str; 11] = [
 ];
 
 /// What a tokenizer assumes where the metadata says nothing.
-struct Defaults {
-    bos: Option<u32>,
-    eos: Option<u32>,
+pub(super) struct Defaults {
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
     separator: Option<u32>,
-    add_bos: bool,
-    add_eos: bool,
+    pub(super) add_bos: bool,
+    pub(super) add_eos: bool,
 }
 
 /// Checks the vocabulary, if the file has one.
@@ -199,7 +202,7 @@ fn check_token_ids(metadata: &Metadata, n_tokens: u64) -> Result<(), GgufError> 
 
 /// A token that the tokenizer adds to every text must be there: llama.cpp aborts on the first text otherwise.
 fn check_added_tokens(metadata: &Metadata, model: &str, n_tokens: u64) -> Result<(), GgufError> {
-    let defaults = defaults(model, metadata.str("tokenizer.ggml.pre")?.unwrap_or_default());
+    let defaults = defaults(model, metadata.str(PRE_TOKENIZER)?.unwrap_or_default());
     let id = |key: &str, default: Option<u32>| -> Result<Option<u32>, GgufError> {
         let in_vocabulary = |id: &u32| u64::from(*id) < n_tokens;
         Ok(metadata.u32(key)?.filter(in_vocabulary).or(default.filter(in_vocabulary)))
@@ -222,7 +225,7 @@ fn check_added_tokens(metadata: &Metadata, model: &str, n_tokens: u64) -> Result
     Ok(())
 }
 
-fn defaults(model: &str, pre_tokenizer: &str) -> Defaults {
+pub(super) fn defaults(model: &str, pre_tokenizer: &str) -> Defaults {
     let none = Defaults { bos: None, eos: None, separator: None, add_bos: false, add_eos: false };
     match model {
         "llama" => Defaults { bos: Some(1), eos: Some(2), add_bos: true, ..none },

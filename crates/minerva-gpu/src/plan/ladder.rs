@@ -63,10 +63,9 @@ pub(super) fn below(search: &Search<'_>, best: &Rung) -> Vec<Rung> {
 }
 
 /// Less in sum, and nowhere more.
-fn takes_less(rung: &Rung, above: &Rung) -> bool {
-    let bytes = |rung: &Rung| -> Vec<u64> {
-        rung.estimate.devices.iter().map(crate::estimate::DeviceLoad::total_bytes).collect()
-    };
+pub(super) fn takes_less(rung: &Rung, above: &Rung) -> bool {
+    let bytes =
+        |rung: &Rung| -> Vec<u64> { (0..rung.estimate.devices.len()).map(|at| rung.device_bytes(at)).collect() };
     let (below, above) = (bytes(rung), bytes(above));
     below.iter().zip(&above).all(|(below, above)| below <= above) && below.iter().sum::<u64>() < above.iter().sum()
 }

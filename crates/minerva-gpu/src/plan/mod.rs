@@ -10,6 +10,7 @@
 //! - The order in which devices are named changes nothing but the order in which they are reported.
 //! - Each rung takes less of every device than the one above it.
 
+mod draft;
 mod ladder;
 mod machine;
 mod search;
@@ -19,10 +20,11 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use draft::{DraftLoad, DraftPlace, DraftWishes, plan_with_draft};
 pub use machine::{ParseMachineError, PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
 pub use speed::Speed;
 
-use crate::estimate::{Estimate, LoadSettings, ModelShape, Placement};
+use crate::estimate::{DeviceLoad, Estimate, LoadSettings, ModelShape, Placement};
 use crate::gguf::GgmlType;
 use crate::memory::format_bytes;
 
@@ -100,11 +102,20 @@ pub struct Rung {
     pub estimate: Estimate,
     /// How fast it should be.
     pub speed: Speed,
+    /// The draft model beside it, if there is one.
+    pub draft: Option<DraftLoad>,
     /// What this rung has less of than was wished for, with the reason.
     pub gave_up: Vec<String>,
 }
 
 impl Rung {
+    /// Bytes on one of the plan's devices, those of a draft model included.
+    pub fn device_bytes(&self, at: usize) -> u64 {
+        let own = self.estimate.devices.get(at).map_or(0, DeviceLoad::total_bytes);
+        let draft = self.draft.as_ref().filter(|draft| draft.device == Some(at));
+        own.saturating_add(draft.and_then(|draft| draft.estimate.devices.first()).map_or(0, DeviceLoad::total_bytes))
+    }
+
     /// No layer on any device.
     pub fn is_cpu(&self) -> bool {
         self.placement.n_gpu_layers() == 0

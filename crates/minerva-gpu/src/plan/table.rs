@@ -33,12 +33,22 @@ impl fmt::Display for Plan {
             "", "layers", "weights", "cache", "scratch", "sum"
         )?;
         let layers = best.placement.layers_per_device();
-        for ((device, load), n_layers) in self.devices.iter().zip(&best.estimate.devices).zip(layers) {
+        for (at, ((device, load), n_layers)) in self.devices.iter().zip(&best.estimate.devices).zip(layers).enumerate()
+        {
             let room = device.open_bytes();
             row(f, &device.name, n_layers, load, device.overhead_bytes, room)?;
+            if let Some((n_layers, draft)) = draft_on(best, at) {
+                let before = load.total_bytes().saturating_add(device.overhead_bytes);
+                row(f, DRAFT_ROW, n_layers, &draft, before, room)?;
+            }
         }
         let n_on_host = best.placement.n_layers_total() - best.placement.n_gpu_layers();
         row(f, "host", n_on_host, &best.estimate.host, 0, self.host.free_bytes)?;
+        if let Some(draft) = &best.draft {
+            let n_layers = draft.placement.n_layers_total() - draft.placement.n_gpu_layers();
+            let before = best.estimate.host.total_bytes();
+            row(f, DRAFT_ROW, n_layers, &draft.estimate.host, before, self.host.free_bytes)?;
+        }
         let experts = best.placement.expert_layers_on_host();
         if !experts.is_empty() {
             writeln!(f, "the experts of {} layers are on the host", experts.len())?;
@@ -64,6 +74,15 @@ impl fmt::Display for Plan {
     }
 }
 
+/// Below what the main model takes; its sum is that of both.
+const DRAFT_ROW: &str = "  and the draft model";
+
+/// The draft model's layers and bytes on a device, if it is there.
+fn draft_on(rung: &Rung, at: usize) -> Option<(u32, DeviceLoad)> {
+    let draft = rung.draft.as_ref().filter(|draft| draft.device == Some(at))?;
+    Some((draft.placement.n_gpu_layers(), *draft.estimate.devices.first()?))
+}
+
 fn row(
     f: &mut fmt::Formatter<'_>,
     name: &str,
@@ -85,11 +104,15 @@ impl fmt::Display for Rung {
     /// One line: what runs where, and how fast.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let layers = self.placement.n_gpu_layers();
-        let on_devices: u64 = self.estimate.devices.iter().map(DeviceLoad::total_bytes).sum();
+        let on_devices: u64 = (0..self.estimate.devices.len()).map(|at| self.device_bytes(at)).sum();
         if self.is_cpu() {
-            write!(f, "CPU: {} of RAM", format_bytes(self.estimate.host.total_bytes()))?;
+            let draft = self.draft.as_ref().map_or(0, |draft| draft.estimate.host.total_bytes());
+            write!(f, "CPU: {} of RAM", format_bytes(self.estimate.host.total_bytes().saturating_add(draft)))?;
         } else {
             write!(f, "{layers} layers on devices: {}", format_bytes(on_devices))?;
+        }
+        if self.draft.is_some() {
+            write!(f, " with the draft model")?;
         }
         let n_experts = self.placement.expert_layers_on_host().len();
         if n_experts > 0 && !self.is_cpu() {

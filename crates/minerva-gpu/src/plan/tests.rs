@@ -297,3 +297,62 @@ proptest! {
         prop_assert_eq!(one.rungs, other.rungs);
     }
 }
+
+fn with_draft(text: &str, wishes: &Wishes, asked: &DraftWishes) -> Plan {
+    plan_with_draft(&shape("llama2-7b-q4_0"), wishes, &machine(text), &shape("qwen2-1.5b-q4_0"), asked).unwrap()
+}
+
+#[test]
+fn a_draft_model_is_part_of_the_plan_and_the_first_thing_to_go() {
+    let plan = with_draft("cuda:24GiB,ram:32GiB", &Wishes::default(), &DraftWishes::default());
+    let (best, next) = (plan.best(), &plan.rungs[1]);
+    let draft = best.draft.as_ref().expect("it fits");
+    assert_eq!((draft.device, draft.placement.n_gpu_layers()), (Some(0), 29));
+    assert!(draft.estimate.devices[0].weights_bytes > 500 << 20);
+    assert!(best.device_bytes(0) <= plan.devices[0].budget_bytes());
+    assert_eq!((next.draft.as_ref(), next.placement.n_gpu_layers()), (None, 33), "no layer goes before it does");
+    assert!(next.gave_up.iter().any(|given_up| given_up.contains("draft model")), "{:?}", next.gave_up);
+    for pair in plan.rungs.windows(2).filter(|pair| !pair[1].is_cpu()) {
+        assert!(pair[1].device_bytes(0) < pair[0].device_bytes(0), "{plan}");
+    }
+    let text = plan.to_string();
+    assert!(text.contains("and the draft model") && !best.to_string().eq(&next.to_string()), "{text}");
+    assert!(best.to_string().contains("with the draft model"), "{best}");
+}
+
+#[test]
+fn a_draft_model_never_costs_the_main_model_a_layer_a_sequence_or_a_cell() {
+    for gib in 3..=24 {
+        let (text, wishes) = (format!("cuda:{gib}GiB,ram:32GiB"), Wishes::default());
+        let both = with_draft(&text, &wishes, &DraftWishes::default());
+        let alone = plan(&shape("llama2-7b-q4_0"), &wishes, &machine(&text)).unwrap();
+        let kept = |rung: &Rung| (rung.placement.n_gpu_layers(), rung.settings.n_sequences, rung.context_tokens);
+        assert_eq!(kept(both.best()), kept(alone.best()), "{text}");
+        assert!(both.best().device_bytes(0) <= both.devices[0].budget_bytes(), "{text}");
+        if both.best().draft.is_none() {
+            assert!(both.best().gave_up.iter().any(|given_up| given_up.contains("draft model")), "{text}");
+        }
+        assert_eq!((&both.devices, &both.host), (&alone.devices, &alone.host), "the machine is what it is");
+    }
+}
+
+#[test]
+fn a_draft_model_goes_where_it_is_told_to() {
+    let text = "cuda:8GiB,cuda:24GiB,ram:32GiB";
+    let place = |place, gpu_layers| {
+        let asked = DraftWishes { place, gpu_layers, n_cells: Some(1024) };
+        let plan = with_draft(text, &Wishes { n_sequences: Some(1), ..Wishes::default() }, &asked);
+        let draft = plan.best().draft.clone().expect("it fits");
+        assert_eq!(draft.settings.context_tokens, 1024);
+        let given = draft.device.map(|at| plan.given_positions[at]);
+        (given, draft.placement.n_gpu_layers())
+    };
+    assert_eq!(place(DraftPlace::Device(0), None), (Some(0), 29));
+    assert_eq!(place(DraftPlace::Device(1), Some(5)), (Some(1), 5));
+    assert_eq!(place(DraftPlace::Device(1), Some(0)), (None, 0));
+    assert_eq!(place(DraftPlace::Host, None), (None, 0));
+    let (main, draft) = (shape("llama2-7b-q4_0"), shape("qwen2-1.5b-q4_0"));
+    let nowhere = DraftWishes { place: DraftPlace::Device(2), ..DraftWishes::default() };
+    let problem = plan_with_draft(&main, &Wishes::default(), &machine(text), &draft, &nowhere).unwrap_err();
+    assert!(problem.to_string().contains("device-draft"), "{problem}");
+}

@@ -71,6 +71,16 @@ pub(crate) struct Timings {
     pub(crate) queue_ms: f64,
     pub(crate) prefill_ms: f64,
     pub(crate) decode_ms: f64,
+    /// Tokens that were guessed and computed along, from whichever source, and those that were kept; llama-server's names.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) draft_n: u32,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) draft_n_accepted: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 /// Usage and timings of every prompt of a request.
@@ -91,6 +101,8 @@ impl Totals {
         timings.queue_ms = timings.queue_ms.max(round_ms(summary.queue_ms));
         timings.prefill_ms = timings.prefill_ms.max(round_ms(summary.prefill_ms));
         timings.decode_ms = timings.decode_ms.max(round_ms(summary.decode_ms));
+        timings.draft_n += summary.guessed_tokens;
+        timings.draft_n_accepted += summary.right_guesses;
     }
 }
 

@@ -201,6 +201,7 @@ fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
         "model" => "Model",
         "gpu" => "Device",
         "performance" => "Speed and memory",
+        "draft" => "Draft model",
         _ => "Server",
     };
     let words = if let Kind::OneOf(words) = setting.kind { format!(" [{}]", words.join("|")) } else { String::new() };
@@ -221,6 +222,7 @@ fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
         Kind::List { .. } => arg.action(ArgAction::Append).value_name("TEXT"),
         Kind::Uint { .. } => arg.value_name("N").allow_negative_numbers(true),
         Kind::Seconds { .. } => arg.value_name("SECONDS"),
+        Kind::Share => arg.value_name("SHARE"),
         Kind::Megabytes { .. } | Kind::Bytes { .. } => arg.value_name("SIZE"),
         Kind::Device => arg.action(ArgAction::Append).value_name("DEVICE"), // `plan` takes a machine beside it
         Kind::OneOf(_) => arg.value_name("WORD"),

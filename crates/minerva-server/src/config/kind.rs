@@ -22,6 +22,8 @@ pub enum Kind {
         /// The largest value allowed.
         max: f64,
     },
+    /// A share, such as a probability.
+    Share,
     /// A size: `4gb` or `512mb` in text, MiB as a plain number in JSON.
     Megabytes {
         /// Whether 0 means none.
@@ -64,6 +66,10 @@ impl Kind {
             }
             Self::Seconds { max } => {
                 let number = text.parse::<f64>().ok().filter(|seconds| *seconds > 0.0 && *seconds <= max);
+                number.map(Value::from).ok_or_else(|| self.allowed())
+            }
+            Self::Share => {
+                let number = text.parse::<f64>().ok().filter(|share| (0.0..=1.0).contains(share));
                 number.map(Value::from).ok_or_else(|| self.allowed())
             }
             Self::Megabytes { .. } | Self::Bytes { .. } => {
@@ -123,6 +129,7 @@ impl Kind {
                 format!("a whole number from {min} to {max}{words}")
             }
             Self::Seconds { max } => format!("a number of seconds above 0 and up to {max}"),
+            Self::Share => "a number from 0 to 1".to_owned(),
             Self::Megabytes { zero } => {
                 let zero = if zero { ", or 0" } else { "" };
                 format!(
@@ -178,6 +185,9 @@ mod tests {
         }
         for text in ["0", "-3", "NaN", "inf", "1e9"] {
             assert!(Kind::Seconds { max: 3600.0 }.parse_text(text).is_err(), "{text}");
+        }
+        for text in ["-0.1", "1.1", "NaN", "half", ""] {
+            assert!(Kind::Share.parse_text(text).is_err(), "{text}");
         }
         for json in [Json::from(vec![1]), Json::from(1.5), Json::Bool(true)] {
             assert!(LAYERS.parse_json(&json).is_err(), "{json}");

@@ -151,7 +151,7 @@ fn default_text(setting: &Setting) -> String {
         Initial::Unset => format!("`{}`", if setting.path == "model.simulate" { "off" } else { "auto" }),
         Initial::Bool(value) => format!("`{value}`"),
         Initial::Uint(value) => format!("`{value}`"),
-        Initial::Seconds(value) => format!("`{value}`"),
+        Initial::Seconds(value) | Initial::Share(value) => format!("`{value}`"),
         Initial::Text(value) => format!("`{value}`"),
         Initial::Empty => "none".to_owned(),
     }

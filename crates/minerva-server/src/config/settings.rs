@@ -44,6 +44,8 @@ pub enum Initial {
     Uint(u64),
     /// A number of seconds.
     Seconds(f64),
+    /// A share, such as a probability.
+    Share(f64),
     /// A word or text.
     Text(&'static str),
     /// No items.
@@ -56,7 +58,7 @@ impl Initial {
             Self::Unset => nothing(),
             Self::Bool(value) => Value::from(value),
             Self::Uint(value) => Value::from(value),
-            Self::Seconds(value) => Value::from(value),
+            Self::Seconds(value) | Self::Share(value) => Value::from(value),
             Self::Text(value) => Value::from(value),
             Self::Empty => Value::from(Vec::<Value>::new()),
         }
@@ -232,10 +234,11 @@ pub static SETTINGS: &[Setting] = &[
         Initial::Text("none"),
         "`key`: requests share cached prompts only with requests of the same API key, so that nobody finds out by the time of \
         an answer what others have sent. `none`: everybody shares."),
-    setting("performance.speculation", "MINERVA_SPECULATION", "speculation", Kind::OneOf(&["off", "ngram"]),
-        Initial::Text("ngram"),
-        "How the next tokens of a text are guessed, to be computed several at a time. `ngram`: what followed the same tokens earlier \
-        in the text, as long as it pays. Guesses are kept only as far as sampling agrees with them."),
+    setting("performance.speculation", "MINERVA_SPECULATION", "speculation", Kind::OneOf(&["off", "ngram", "draft", "auto"]),
+        Initial::Text("auto"),
+        "How the next tokens of a text are guessed, to be computed several at a time, as long as it pays. `ngram`: what followed the \
+        same tokens earlier in the text; `draft`: what the draft model writes; `auto`: the one, or else the other if there is a draft \
+        model. Guesses are kept only as far as sampling agrees with them."),
     setting("performance.trace_file", "MINERVA_TRACE_FILE", "trace-file", Kind::Text, Initial::Unset,
         "Write down what is asked of the scheduler and what it answers, at most 4 GiB. Tokens are replaced by numbers that tell \
         nothing but which of them are equal. `cargo xtask replay FILE` runs it again."),
@@ -249,6 +252,28 @@ pub static SETTINGS: &[Setting] = &[
     setting("performance.max_queued_tokens", "MINERVA_MAX_QUEUED_TOKENS", "max-queued-tokens",
         Kind::Uint { min: 1, max: 1 << 40, words: &[] }, Initial::Uint(1 << 20),
         "Prompt tokens that may wait; a request that would pass this is refused with 429."),
+    // The draft model.
+    setting("draft.path", "MINERVA_MODEL_DRAFT", "model-draft", Kind::Text, Initial::Unset,
+        "A small GGUF file with the vocabulary of the model, which writes ahead of it (`performance.speculation`). It is part of the \
+        plan, and given up before the model has less of anything.").dash("md").alias(&["spec-draft-model"]),
+    setting("draft.device", "MINERVA_DEVICE_DRAFT", "device-draft", Kind::Device, Initial::Text("auto"),
+        "Where the draft model runs: auto, cpu, metal, cuda or cuda:N, one of the model's devices. `auto`: beside most of the model's \
+        layers.").dash("devd").alias(&["spec-draft-device"]),
+    setting("draft.layers_to_gpu", "MINERVA_GPU_LAYERS_DRAFT", "n-gpu-layers-draft",
+        Kind::Uint { min: 0, max: ALL_LAYERS, words: LAYERS }, Initial::Unset,
+        "Layers of the draft model on its device. `auto`: all.").dash("ngld")
+        .alias(&["gpu-layers-draft", "spec-draft-ngl"]),
+    setting("draft.kv_cells", "MINERVA_CTX_SIZE_DRAFT", "ctx-size-draft",
+        Kind::Uint { min: 16, max: 1 << 28, words: AUTO_OR_ZERO }, Initial::Unset,
+        "KV cells of the draft model. `auto`: as many as one sequence of the model may have, or with one pool of cells as many as \
+        all share. A text that is longer gets no drafts.").dash("cd"),
+    setting("draft.max_tokens", "MINERVA_DRAFT_MAX", "draft-max", Kind::Uint { min: 1, max: 64, words: &[] },
+        Initial::Uint(16), "The most tokens that the draft model writes ahead at once; how many of these pay is found out.")
+        .alias(&["draft", "draft-n", "spec-draft-n-max"]),
+    setting("draft.min_tokens", "MINERVA_DRAFT_MIN", "draft-min", Kind::Uint { min: 0, max: 64, words: &[] },
+        Initial::Uint(0), "A draft of fewer tokens is not used.").alias(&["draft-n-min", "spec-draft-n-min"]),
+    setting("draft.min_probability", "MINERVA_DRAFT_P_MIN", "draft-p-min", Kind::Share, Initial::Share(0.5),
+        "A draft ends before a token that the draft model gives less than this probability, 0 to 1.").alias(&["spec-draft-p-min"]),
     // The server.
     setting("server.host", "MINERVA_HOST", "host", Kind::Text, Initial::Text("127.0.0.1"),
         "The address to listen on. One that other machines can reach needs an API key or `server.insecure`."),
@@ -323,7 +348,7 @@ mod tests {
                 Initial::Unset | Initial::Empty => continue,
                 Initial::Bool(value) => value.to_string(),
                 Initial::Uint(value) => value.to_string(),
-                Initial::Seconds(value) => value.to_string(),
+                Initial::Seconds(value) | Initial::Share(value) => value.to_string(),
                 Initial::Text(value) => value.to_owned(),
             };
             assert!(setting.kind.parse_text(&text).is_ok(), "{}", setting.path);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use minerva_engine::{
-    CacheIsolation, EngineConfig, FlashAttention, KvType, RpcServer, Speculation, TuneConfig, TuneMode,
+    CacheIsolation, DraftConfig, EngineConfig, FlashAttention, KvType, RpcServer, Speculation, TuneConfig, TuneMode,
 };
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,7 @@ pub struct Config {
     pub model: ModelSettings,
     pub gpu: GpuSettings,
     pub performance: PerformanceSettings,
+    pub draft: DraftModelSettings,
     pub server: ServerSettings,
 }
 
@@ -84,6 +85,19 @@ pub struct PerformanceSettings {
     pub max_itl_ms: Option<u64>,
     pub max_queued_requests: usize,
     pub max_queued_tokens: usize,
+}
+
+/// Which model writes ahead of it, and how far.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the table of settings describes each field")]
+pub struct DraftModelSettings {
+    pub path: Option<PathBuf>,
+    pub device: String,
+    pub layers_to_gpu: Option<u32>,
+    pub kv_cells: Option<u32>,
+    pub max_tokens: u32,
+    pub min_tokens: u32,
+    pub min_probability: f64,
 }
 
 /// How it is served.
@@ -164,6 +178,9 @@ impl Config {
         if self.performance.n_ubatch.is_some_and(|n| n > self.performance.n_batch) {
             warnings.push("`performance.n_ubatch` is larger than `performance.n_batch`, which bounds it".to_owned());
         }
+        if self.draft.path.is_some() && !self.performance.speculation.drafts() {
+            warnings.push("`performance.speculation` leaves the draft model out: it is not loaded".to_owned());
+        }
         warnings
     }
 
@@ -191,7 +208,7 @@ impl Config {
     /// What the engine is told.
     ///
     /// # Errors
-    /// No model, an unreadable chat template file, a device that cannot be, or an RPC server on another machine without
+    /// No model, an unreadable chat template file, a draft model that is missing or whose settings contradict each other, a device that cannot be, or an RPC server on another machine without
     /// the consent to it.
     pub fn engine(&self) -> Result<EngineConfig, ConfigError> {
         let Some(path) = &self.model.path else {
@@ -235,6 +252,7 @@ impl Config {
             host_cache_bytes: performance.cache_size_mb,
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,
+            draft: self.draft()?,
             trace_path: performance.trace_file.clone(),
             chat_template,
             tune: TuneConfig {
@@ -245,6 +263,39 @@ impl Config {
             },
             probe: None, // only a program can be started a second time: `probing`
         })
+    }
+
+    /// The draft model, if there is one.
+    fn draft(&self) -> Result<Option<DraftConfig>, ConfigError> {
+        let draft = &self.draft;
+        let Some(path) = &draft.path else {
+            if self.performance.speculation == Speculation::Draft {
+                let problem = "`performance.speculation` is `draft` and there is no draft model: name one with `--model-draft FILE`";
+                return Err(ConfigError::Conflict(problem.to_owned()));
+            }
+            return Ok(None);
+        };
+        if draft.min_tokens > draft.max_tokens {
+            return Err(ConfigError::Conflict(format!(
+                "`draft.min_tokens` is {}, which is more than `draft.max_tokens`: {}",
+                draft.min_tokens, draft.max_tokens
+            )));
+        }
+        let wrong = |problem| ConfigError::Conflict(format!("`draft.device` is `{}`: {problem}", draft.device));
+        // A number is one of CUDA's, as llama.cpp's first name for it would be.
+        let device = match draft.device.parse::<u32>() {
+            Ok(number) => DeviceChoice::Cuda(Some(number)),
+            Err(_) => draft.device.parse::<DeviceChoice>().map_err(|problem| wrong(problem.to_string()))?,
+        };
+        Ok(Some(DraftConfig {
+            model_path: path.clone(),
+            device,
+            n_gpu_layers: draft.layers_to_gpu,
+            n_cells: draft.kv_cells,
+            max_tokens: draft.max_tokens,
+            min_tokens: draft.min_tokens,
+            min_probability: draft.min_probability as f32,
+        }))
     }
 
     /// The device asked for.
@@ -403,6 +454,21 @@ mod tests {
             let problem = rpc(wrong, "true").unwrap_err().to_string();
             assert!(problem.contains(wrong) && problem.contains("host:port"), "{problem}");
         }
+    }
+
+    #[test]
+    fn a_draft_model_has_a_file_and_settings_that_agree() {
+        let engine = |vars: &[(&str, &str)]| with(&[&[("MINERVA_MODEL", "a")], vars].concat()).engine();
+        assert_eq!(engine(&[]).unwrap().draft, None);
+        let draft = engine(&[("MINERVA_MODEL_DRAFT", "b.gguf")]).unwrap().draft;
+        assert_eq!(draft, Some(DraftConfig::new("b.gguf")), "the defaults are the engine's");
+        let set = [("MINERVA_MODEL_DRAFT", "b"), ("MINERVA_DEVICE_DRAFT", "cuda:1"), ("MINERVA_DRAFT_P_MIN", "0.25")];
+        let draft = engine(&set).unwrap().draft.unwrap();
+        assert_eq!((draft.device, draft.min_probability), (DeviceChoice::Cuda(Some(1)), 0.25));
+        let problem = engine(&[("MINERVA_SPECULATION", "draft")]).unwrap_err().to_string();
+        assert!(problem.contains("--model-draft"), "{problem}");
+        let problem = engine(&[("MINERVA_MODEL_DRAFT", "b"), ("MINERVA_DRAFT_MIN", "20")]).unwrap_err().to_string();
+        assert!(problem.contains("more than `draft.max_tokens`: 16"), "{problem}");
     }
 
     #[test]

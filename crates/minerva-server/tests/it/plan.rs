@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::client::get;
+use crate::client::{get, post};
 use crate::process::Process;
 
 fn model() -> String {
@@ -49,6 +49,48 @@ async fn a_command_line_of_the_server_gives_the_plan_that_the_server_loads() {
     let status = get(server.address, "/v1/status").await.json();
     let memory = &status["model"]["placement"]["memory"];
     assert_eq!(memory[0]["planned_bytes"], rung["host"]["total_bytes"], "{memory} {rung}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draft_model_is_planned_loaded_shown_and_counted() {
+    let model = model();
+    #[rustfmt::skip] // as it is typed
+    let line = [
+        "-m", &model, "-md", &model, "--gpu=cpu", "-np", "2", "--ctx", "1024", "-cd", "512", "--draft-p-min", "0", "-t", "1",
+        "--tune=off", "--speculation", "draft",
+    ];
+    let plan = plan(&[&["--port", "0"], &line[..]].concat());
+    let draft = &plan["rungs"][0]["draft"];
+    assert_eq!((&draft["n_cells"], &draft["n_gpu_layers"], &draft["device"]), (&json!(512), &json!(0), &json!(null)));
+    assert_eq!(plan["rungs"][1]["draft"], json!(null), "{plan:#}");
+    assert_eq!(plan["rungs"][1]["gave_up"], json!(["the draft model"]), "{plan:#}");
+
+    let server = Process::start(&line, &[]).await;
+    let status = get(server.address, "/v1/status").await.json();
+    let memory = &status["model"]["draft"]["memory"][0];
+    assert_eq!(memory["planned_bytes"], draft["host"]["total_bytes"], "{status:#}");
+    let body =
+        json!({"prompt": "The history of the lighthouse", "max_tokens": 40, "temperature": 0, "ignore_eos": true});
+    let answer = post(server.address, "/v1/completions", &body.to_string()).await.json();
+    let (n, right) = (answer["timings"]["draft_n"].as_u64(), answer["timings"]["draft_n_accepted"].as_u64());
+    assert!(n >= Some(1) && right <= n, "{answer}");
+    let metrics = get(server.address, "/metrics").await.text();
+    assert!(metrics.contains(&format!("minerva_draft_tokens_total {}", n.unwrap_or(0))), "{metrics}");
+    let mut without = body;
+    without["speculate"] = json!(false);
+    let plain = post(server.address, "/v1/completions", &without.to_string()).await.json();
+    assert_eq!(plain["choices"], answer["choices"]);
+    assert_eq!(plain["timings"]["draft_n"], json!(null), "{plain}");
+}
+
+#[test]
+fn a_draft_model_that_does_not_fit_the_model_is_refused_before_anything_is_loaded() {
+    let mut minerva = Command::new(env!("CARGO_BIN_EXE_minerva"));
+    let args = ["plan", "-m", &model(), "-md", "nothing.gguf", "--gpu=cpu"];
+    let output = minerva.args(args).env_clear().output().unwrap();
+    let problem = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{problem}");
+    assert!(problem.contains("`model-draft` cannot be read"), "{problem}");
 }
 
 #[test]

@@ -2,7 +2,12 @@
 
 use expect_test::expect;
 
+use std::collections::BTreeMap;
+
+use super::replay::Replay;
 use super::{Script, limits, pool, request, simulate};
+use crate::backend::BackendLimits;
+use crate::scheduler::{DraftLimits, Policy};
 
 fn repeating(name: &str, period: usize, n_generate: u32) -> Script {
     Script { period: Some(period), ..request(name).prompt(3).generate(n_generate) }
@@ -97,4 +102,45 @@ fn tokens_that_have_to_follow_are_computed_in_one_step_where_that_is_one_pass() 
         tick 7 | a decode
     "#]]
     .assert_eq(&trace);
+}
+
+/// Runs the requests beside a draft model that is right so often and takes so long. Returns a line per step and the drafted tokens.
+fn drafted(limits: BackendLimits, quality: f64, us_per_draft: u64, scripts: &[Script]) -> (String, usize) {
+    let draft = Some(DraftLimits { max_tokens: 8, min_tokens: 0 });
+    let mut replay = Replay::with_policy(limits, Policy { draft, ..Policy::default() });
+    (replay.draft_quality, replay.us_per_draft) = (Some(quality), us_per_draft);
+    replay.run(scripts, &BTreeMap::new());
+    (replay.trace, replay.n_drafted)
+}
+
+#[test]
+fn a_draft_model_that_is_right_takes_steps_away_and_one_that_is_behind_is_not_waited_for() {
+    let (trace, _) = drafted(limits(1, 16), 1.0, 50, &[request("a").prompt(6).generate(22)]);
+    expect![[r#"
+        tick 0 | a prefill 0..6
+        tick 1 | a decode
+        tick 2 | a decode and 6
+        tick 3 | a decode and 8
+        tick 4 | a decode and 3
+    "#]]
+    .assert_eq(&trace);
+}
+
+#[test]
+fn nobody_is_drafted_for_who_wants_no_guesses_or_shares_a_step_where_that_is_two_passes() {
+    let (_, n) = drafted(limits(1, 16), 1.0, 50, &[Script { guess: false, ..request("a").prompt(3).generate(9) }]);
+    assert_eq!(n, 0);
+    let both = [request("a").prompt(3).generate(9), request("b").prompt(3).generate(9)];
+    assert_eq!(drafted(limits(2, 16), 1.0, 50, &both).1, 0);
+    assert!(drafted(pool(2, 64), 1.0, 50, &both).1 > 0);
+}
+
+#[test]
+fn a_draft_model_that_does_not_pay_is_asked_less_and_less() {
+    let long = BackendLimits { n_cells_per_seq: 2048, n_cells: 2048, ..limits(1, 32) };
+    let n_drafted = |quality, us| drafted(long, quality, us, &[request("a").prompt(3).generate(1000)]).1;
+    let (right, wrong, slow) = (n_drafted(1.0, 50), n_drafted(0.0, 50), n_drafted(1.0, 5_000));
+    assert!(right > 700, "{right}");
+    assert!(wrong < 80, "{wrong} tokens of a model that is always wrong");
+    assert!(slow < 80, "{slow} tokens of a model that is slower than the steps that it saves");
 }

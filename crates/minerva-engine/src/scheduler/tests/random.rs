@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::replay::{Fault, Replay};
 use super::{Script, Terms, limits, pool};
 use crate::backend::BackendLimits;
+use crate::scheduler::{DraftLimits, Policy};
 
 prop_compose! {
     /// Requests behind two shared texts, some with several choices, some cancelled, some with more room than they use.
@@ -57,9 +58,21 @@ proptest! {
         cannot_copy in prop::bool::weighted(0.2),
         cannot_park in prop::bool::weighted(0.2),
         us_per_row in prop::sample::select(vec![0_u64, 100, 50_000]),
+        draft in prop::option::of((0.0_f64..=1.0, prop::sample::select(vec![0_u64, 50, 5_000]), 0_u32..5, any::<bool>())),
+        draft_fails_at in prop::option::weighted(0.2, 0_usize..60),
     ) {
         let base = if unified { pool(n_seq_max, n_pool) } else { limits(n_seq_max, n_batch) };
-        let mut replay = Replay::new(BackendLimits { n_batch, n_ubatch: n_batch, ..base });
+        let limits = BackendLimits { n_batch, n_ubatch: n_batch, ..base };
+        let policy = Policy {
+            host_cache_bytes: 200,
+            guess: draft.is_none_or(|(.., looks_up)| looks_up),
+            draft: draft.map(|(_, _, min_tokens, _)| DraftLimits { max_tokens: 8, min_tokens }),
+            ..Policy::default()
+        };
+        let mut replay = Replay::with_policy(limits, policy);
+        replay.draft_quality = draft.map(|(quality, ..)| quality);
+        replay.us_per_draft = draft.map_or(0, |(_, us, ..)| us);
+        replay.draft_fails_at = draft_fails_at;
         replay.cannot_cut = cannot_cut;
         replay.cannot_copy = cannot_copy;
         replay.cannot_park = cannot_park;

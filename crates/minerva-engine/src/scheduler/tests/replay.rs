@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::Script;
 use crate::backend::{BackendLimits, SeqId};
+use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
 use crate::scheduler::{CacheOp, Copy, ParkId, Policy, RequestId, Scheduler, Step};
 
@@ -51,6 +52,13 @@ pub(super) struct Replay {
     pub(super) cannot_copy: bool,
     pub(super) cannot_park: bool,
     pub(super) us_per_row: u64,
+    /// A draft model is right so often.
+    pub(super) draft_quality: Option<f64>,
+    /// And what one of its tokens takes.
+    pub(super) us_per_draft: u64,
+    /// It fails in this tick.
+    pub(super) draft_fails_at: Option<usize>,
+    pub(super) n_drafted: usize,
     tick: usize,
     line: String,
     pub(super) trace: String,
@@ -75,6 +83,10 @@ impl Replay {
             cannot_copy: false,
             cannot_park: false,
             us_per_row: 100,
+            draft_quality: None,
+            us_per_draft: 50,
+            draft_fails_at: None,
+            n_drafted: 0,
             tick: 0,
             line: String::new(),
             trace: String::new(),
@@ -163,6 +175,7 @@ impl Replay {
     fn turn(&mut self, fault: Option<Fault>) {
         self.copy_prefixes();
         self.admit();
+        self.draft();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
         self.check_step(&step);
@@ -179,6 +192,42 @@ impl Replay {
             Some(fault) => self.step_failed(&step, fault),
         }
         self.step = step;
+    }
+
+    /// The draft model's part: right as often as it should be, and sometimes too far behind.
+    fn draft(&mut self) {
+        let Some(quality) = self.draft_quality else { return };
+        let mut wishes = Vec::new();
+        self.scheduler.wishes(&mut wishes);
+        if wishes.is_empty() {
+            return;
+        }
+        if self.draft_fails_at.is_some_and(|tick| tick <= self.tick) {
+            return self.scheduler.no_drafts();
+        }
+        let mut drafted = Drafted::default();
+        for Wish { seq, n_most, n_feed } in wishes {
+            assert!(n_most >= 1 && n_feed >= 1, "a wish for nothing");
+            let id = self.owners[seq as usize].expect("a wish is for somebody who runs");
+            let live = &self.live[&id];
+            let choice = live.choice(seq);
+            let n_known = live.script.prompt.len() + live.n_generated[choice as usize] as usize;
+            let history: Vec<_> = (0..n_known).map(|place| live.script.token(choice, place)).collect();
+            assert_eq!(self.scheduler.history(seq), history, "somebody else's history");
+            let tokens = (n_known..n_known + n_most as usize).map(|place| {
+                let chance = (place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+                let is_right = (chance as f64) < quality * f64::from(1 << 24);
+                if is_right { live.script.token(choice, place) } else { 7 }
+            });
+            let is_complete = !n_known.is_multiple_of(7);
+            let draft = Draft { seq, tokens: tokens.collect(), n_held: n_known as u32, is_complete };
+            self.n_drafted += if is_complete { draft.tokens.len() } else { 0 };
+            drafted.n_rounds = drafted.n_rounds.max(n_most);
+            drafted.n_round_guesses += n_most;
+            drafted.rounds_us = u64::from(drafted.n_rounds) * self.us_per_draft;
+            drafted.drafts.push(draft);
+        }
+        self.scheduler.drafted(&drafted);
     }
 
     fn admit(&mut self) {
