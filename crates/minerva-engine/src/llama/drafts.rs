@@ -115,28 +115,28 @@ pub(super) struct FittedDraft {
     claim: Claim,
 }
 
-/// Why a draft model does not fit.
-pub(super) enum Unfit {
-    Error(LoadError),
-    NoRoom(String),
-}
-
 /// A load without weights, for exact sizes.
 pub(super) fn simulate(config: &EngineConfig, planned: &Planned, load: &DraftLoad) -> Result<Simulation, LoadError> {
     let draft = config.draft.as_ref().ok_or_else(|| setting("is missing".to_owned()))?;
-    Ok(Simulation::load(&draft.model_path, &model_params(config, planned, load))?)
+    Simulation::load(&draft.model_path, &model_params(config, planned, load))
+        .map_err(|error| setting(format!("cannot be loaded: {}", root_cause(&error))))
 }
 
 /// Compares what llama.cpp says that the draft model takes with what is free beside the main one, and claims it.
+///
+/// # Errors
+/// Why there is no room for it.
 pub(super) fn fit(
     config: &EngineConfig,
     planned: &Planned,
     load: &DraftLoad,
     simulation: &Simulation,
     main: &[DeviceBytes],
-) -> Result<FittedDraft, Unfit> {
+) -> Result<FittedDraft, String> {
     let context = context_params(config, planned, load);
-    let simulated = simulation.memory_bytes(&context).map_err(|error| Unfit::Error(error.into()))?;
+    let simulated = simulation
+        .memory_bytes(&context)
+        .map_err(|error| format!("the draft model has no context here: {}", root_cause(&error)))?;
     let position = load.device.map(|at| planned.plan.given_positions[at]);
     let owner = position.and_then(|position| planned.machine.llama_indices(&[position]).first().copied());
     let owners = owner.map(Owner::Device).into_iter().chain([Owner::Host]);
@@ -150,7 +150,7 @@ pub(super) fn fit(
         let all = needed.saturating_add(of_main);
         (all > room).then(|| out_of_memory(limit, limit.saturating_sub(room), all))
     });
-    Ok(FittedDraft { context, simulated, claim: claim.map_err(Unfit::NoRoom)? })
+    Ok(FittedDraft { context, simulated, claim: claim? })
 }
 
 /// Loads the draft model beside the main one. Where that fails the main one goes on alone, and its status says why.

@@ -94,21 +94,14 @@ fn fit<'a>(
     let context = planned.context_params(&config, &rung);
     let simulated =
         simulation.memory_bytes(&context).map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
-    let claim = claim(planned, &rung, &simulated).map_err(|text| {
+    let no_room = |text: String| {
         let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
         Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
-    })?;
+    };
+    let claim = claim(planned, &rung, &simulated).map_err(no_room)?;
     let draft = match draft.zip(rung.draft.as_ref()) {
         None => None,
-        Some((simulation, load)) => {
-            Some(drafts::fit(&config, planned, load, simulation, &simulated).map_err(|problem| match problem {
-                drafts::Unfit::Error(error) => Box::new(Failure::of(error, planned, &rung)),
-                drafts::Unfit::NoRoom(text) => {
-                    let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
-                    Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
-                }
-            })?)
-        }
+        Some((simulation, load)) => Some(drafts::fit(&config, planned, load, simulation, &simulated).map_err(no_room)?),
     };
     Ok(Fitted { config, rung, context, simulated, claim, draft })
 }

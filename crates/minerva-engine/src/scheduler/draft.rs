@@ -27,6 +27,9 @@ const MOST_PATIENCE: u32 = 8;
 /// Tokens of a guess that finds out whether the draft model pays, and of those before its speed is known.
 const TRIAL_TOKENS: usize = 4;
 
+/// What trying again may take of the time since the last try.
+const TRIAL_SHARE: f64 = 0.05;
+
 /// Gain of a draft model that was not measured yet, and the least that is remembered of a bad one.
 const FIRST_GAIN: f64 = 1.2;
 const LEAST_GAIN: f64 = 0.8;
@@ -50,6 +53,11 @@ impl Default for Trust {
 }
 
 impl Trust {
+    /// What is known of others, for a sequence of which nothing is.
+    pub(super) fn as_prior(self) -> Self {
+        Self { n_since_guess: 0, patience: 1, ..self }
+    }
+
     /// A guess was looked at: of `n_guessed` tokens the first `n_right` were right.
     pub(super) fn learn(&mut self, n_guessed: usize, n_right: usize) {
         self.n_since_guess = 0;
@@ -85,15 +93,30 @@ impl Trust {
 
     /// How many tokens a draft model should write, at most `most`. Each of them takes its time too; a sequence that was no faster with
     /// them gets none.
-    pub(super) fn worth_drafting(&self, costs: &Costs, n_decode: usize, n_cells: u64, most: usize) -> usize {
+    ///
+    /// Another try has to be paid for: with the `behind_us` that the draft model needs to catch up it may take a twentieth of the time
+    /// since the last one.
+    pub(super) fn worth_drafting(
+        &self,
+        costs: &Costs,
+        n_decode: usize,
+        n_cells: u64,
+        (most, behind_us): (usize, f64),
+    ) -> usize {
         let Some(token_us) = costs.draft_token_us(n_decode) else { return most.min(TRIAL_TOKENS) };
         let row_us = costs.row_us() + token_us;
-        let n = self.length(costs.decode_us(n_decode, n_cells), row_us, n_decode, most);
+        let step_us = costs.decode_us(n_decode, n_cells);
+        let n = self.length(step_us, row_us, n_decode, most);
         if n > 0 && self.gain >= 1.0 {
             return n;
         }
-        let may_try = self.n_since_guess >= TRY_AGAIN_TOKENS * self.patience;
-        if may_try { most.min(TRIAL_TOKENS) } else { 0 }
+        let takes_us = behind_us + TRIAL_TOKENS as f64 * token_us;
+        let is_time = self.n_since_guess >= TRY_AGAIN_TOKENS * self.patience;
+        if is_time && takes_us <= f64::from(self.n_since_guess) * step_us * TRIAL_SHARE {
+            most.min(TRIAL_TOKENS)
+        } else {
+            0
+        }
     }
 
     fn length(&self, step_us: f64, row_us: f64, n_decode: usize, most: usize) -> usize {
@@ -146,11 +169,11 @@ mod tests {
     #[test]
     fn drafts_get_shorter_as_the_draft_model_gets_slower() {
         let (trust, mut costs) = (Trust::default(), costs(10_000, 500));
-        assert_eq!(trust.worth_drafting(&costs, 1, 0, 16), TRIAL_TOKENS, "nobody knows yet");
+        assert_eq!(trust.worth_drafting(&costs, 1, 0, (16, 0.0)), TRIAL_TOKENS, "nobody knows yet");
         let mut longest = usize::MAX;
         for token_us in [100, 2_000, 6_000, 20_000] {
             (0..50).for_each(|_| costs.learn_draft(4, 4, 4 * token_us));
-            let n = trust.worth_drafting(&costs, 1, 0, 16);
+            let n = trust.worth_drafting(&costs, 1, 0, (16, 0.0));
             assert!(n <= longest, "{token_us} us a token, {n} tokens");
             longest = n;
         }
@@ -158,15 +181,26 @@ mod tests {
     }
 
     #[test]
+    fn a_try_that_takes_long_to_catch_up_is_put_off_until_it_is_a_small_part_of_the_time() {
+        let (mut trust, mut costs) = (Trust::default(), costs(10_000, 500));
+        costs.learn_draft(4, 4, 400);
+        (0..20).for_each(|_| trust.measure(0.7));
+        (0..1000).for_each(|_| trust.pass());
+        let twentieth_us = 1000.0 * 10_000.0 / 20.0;
+        assert_eq!(trust.worth_drafting(&costs, 1, 0, (16, twentieth_us * 1.1)), 0);
+        assert_eq!(trust.worth_drafting(&costs, 1, 0, (16, twentieth_us * 0.9)), TRIAL_TOKENS);
+    }
+
+    #[test]
     fn a_sequence_that_is_no_faster_gets_no_drafts_and_tries_again_more_and_more_seldom() {
         let (mut trust, mut costs) = (Trust::default(), costs(10_000, 500));
         costs.learn_draft(4, 4, 400);
-        assert!(trust.worth_drafting(&costs, 1, 0, 16) > TRIAL_TOKENS);
+        assert!(trust.worth_drafting(&costs, 1, 0, (16, 0.0)) > TRIAL_TOKENS);
         (0..20).for_each(|_| trust.measure(0.7));
         let mut waits = Vec::new();
         for _ in 0..6 {
             let mut wait = 0;
-            while trust.worth_drafting(&costs, 1, 0, 16) == 0 {
+            while trust.worth_drafting(&costs, 1, 0, (16, 0.0)) == 0 {
                 trust.pass();
                 wait += 1;
             }
@@ -176,6 +210,6 @@ mod tests {
         assert!(waits.is_sorted() && waits[0] >= TRY_AGAIN_TOKENS, "{waits:?}");
         assert_eq!(waits.last(), Some(&(TRY_AGAIN_TOKENS * MOST_PATIENCE)));
         (0..4).for_each(|_| trust.measure(3.0));
-        assert!(trust.worth_drafting(&costs, 1, 0, 16) > TRIAL_TOKENS, "it pays again");
+        assert!(trust.worth_drafting(&costs, 1, 0, (16, 0.0)) > TRIAL_TOKENS, "it pays again");
     }
 }

@@ -124,6 +124,8 @@ pub(super) struct Seats {
     guesses: (u64, u64),
     /// Of these, the draft model's.
     drafts: (u64, u64),
+    /// Trust in the draft model over all sequences: what a new one begins with.
+    draft_prior: Trust,
     /// What the last step gave with drafts, as a multiple of what it would have given without; `None` when that says nothing.
     pub(super) time_ratio: Option<f64>,
     /// No copy has failed yet.
@@ -142,6 +144,7 @@ impl Seats {
             stamp: 0,
             guesses: (0, 0),
             drafts: (0, 0),
+            draft_prior: Trust::default(),
             time_ratio: None,
             can_copy: limits.keeps_beginnings,
             can_move: true,
@@ -276,6 +279,7 @@ impl Seats {
         self.stamp += 1;
         let stamp = self.stamp;
         let job = &waiting.job;
+        let draft_trust = self.draft_prior.as_prior();
         let seat = self.at(seq);
         if seat.n_cells != n_keep {
             ops.push(CacheOp::Keep { seq, n_tokens: n_keep as u32 });
@@ -290,7 +294,7 @@ impl Seats {
         seat.guessed.clear();
         seat.is_guess_computed = false;
         seat.trust = Trust::default();
-        seat.draft_trust = Trust::default();
+        seat.draft_trust = draft_trust;
         seat.draft = None;
         seat.was_draft_asked = false;
         seat.n_draft_held = seat.n_draft_held.min(n_keep);
@@ -378,12 +382,12 @@ impl Seats {
         if looks_up && seat.trust.worth(costs, n_decode, n_cells) > 0 && Lookup::has_guess(&seat.tokens) {
             return None;
         }
-        let n_most = seat.draft_trust.worth_drafting(costs, n_decode, n_cells, most);
-        let n_behind = seat.tokens.len().saturating_sub(seat.n_draft_held) as f64;
-        let step_us = costs.decode_us(n_decode, n_cells);
         let feed_us = costs.feed_token_us().unwrap_or(0.0);
+        let behind_us = seat.tokens.len().saturating_sub(seat.n_draft_held) as f64 * feed_us;
+        let n_most = seat.draft_trust.worth_drafting(costs, n_decode, n_cells, (most, behind_us));
+        let step_us = costs.decode_us(n_decode, n_cells);
         // Drafts save no more than about a third of the steps that are left.
-        if n_most == 0 || n_behind * feed_us > seat.n_left() as f64 * step_us / 3.0 {
+        if n_most == 0 || behind_us > seat.n_left() as f64 * step_us / 3.0 {
             return None;
         }
         // Nobody waits for more than one step while the draft model catches up.
@@ -451,15 +455,23 @@ impl Seats {
         if std::mem::take(&mut seat.was_draft_asked)
             && let Some(ratio) = ratio
         {
-            seat.draft_trust.measure((1 + seat.n_right) as f64 * ratio);
+            let gain = (1 + seat.n_right) as f64 * ratio;
+            seat.draft_trust.measure(gain);
+            self.draft_prior.measure(gain);
         }
+        let seat = self.at(seq);
         if !seat.is_guess_computed {
             seat.guessed.clear();
             return None;
         }
         let (n_guessed, n_right) = (seat.guessed.len(), seat.n_right);
         let is_drafted = seat.is_drafted;
-        if is_drafted { &mut seat.draft_trust } else { &mut seat.trust }.learn(n_guessed, n_right);
+        if is_drafted {
+            seat.draft_trust.learn(n_guessed, n_right);
+            self.draft_prior.learn(n_guessed, n_right);
+        } else {
+            seat.trust.learn(n_guessed, n_right);
+        }
         let add = |total: &mut (u64, u64)| *total = (total.0 + n_guessed as u64, total.1 + n_right as u64);
         add(&mut self.guesses);
         if is_drafted {
@@ -485,6 +497,7 @@ impl Seats {
     /// A token follows. `true` when it was guessed, so that it is computed already and the scores after it are there.
     pub(super) fn sampled(&mut self, seq: SeqId, token: TokenId) -> bool {
         let seat = self.at(seq);
+        seat.draft = None; // what it was to follow is not the end any more
         seat.tokens.push(token);
         let is_right = seat.is_guess_computed && !seat.is_guess_over && seat.guessed.get(seat.n_right) == Some(&token);
         if is_right {

@@ -78,9 +78,9 @@ async fn a_draft_model_is_planned_loaded_shown_and_counted() {
     assert!(metrics.contains(&format!("minerva_draft_tokens_total {}", n.unwrap_or(0))), "{metrics}");
     let mut without = body;
     without["speculate"] = json!(false);
-    let plain = post(server.address, "/v1/completions", &without.to_string()).await.json();
-    assert_eq!(plain["choices"], answer["choices"]);
-    assert_eq!(plain["timings"]["draft_n"], json!(null), "{plain}");
+    let off = post(server.address, "/v1/completions", &without.to_string()).await.json();
+    assert_eq!(off["choices"], answer["choices"]);
+    assert_eq!(off["timings"]["draft_n"], json!(null), "{off}");
 }
 
 #[test]
