@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use minerva_engine::SamplingParams;
-use minerva_engine::sampler::Sampler;
+use minerva_engine::sampler::{Sampler, TokenMask};
 use minerva_engine::sampling_pool::{self, SamplingPool};
+use minerva_engine::{SamplingParams, TokenId};
 use minerva_llama::{ChainStage, SamplerChain};
 
 pub use crate::rows::{history, row};
@@ -37,6 +37,21 @@ pub fn cases() -> Vec<Case> {
         case("mirostat 2", SamplingParams { mirostat: 2, ..plain }),
         case("penalties", SamplingParams { repeat_penalty: 1.1, presence_penalty: 0.2, ..defaults.clone() }),
         case("dry", SamplingParams { dry_multiplier: 0.8, dry_penalty_last_n: 1024, ..defaults }),
+    ]
+}
+
+/// Masks as grammars make them over `n_vocab` tokens: what allows a few tokens (the structure of JSON), a tenth of them and most of them
+/// (the inside of a string).
+pub fn masks(n_vocab: usize) -> [(&'static str, TokenMask); 3] {
+    let mask = |is_allowed: &dyn Fn(usize) -> bool| -> TokenMask {
+        (0..n_vocab).filter(|&token| is_allowed(token)).map(|token| token as TokenId).collect()
+    };
+    // Tokens that a grammar allows lie anywhere in the vocabulary.
+    let spread = |token: usize| (token as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    [
+        ("8 tokens", mask(&|token| token % (n_vocab / 8) == 1)),
+        ("a tenth", mask(&|token| spread(token).is_multiple_of(10))),
+        ("nine tenths", mask(&|token| !spread(token).is_multiple_of(10))),
     ]
 }
 

@@ -82,6 +82,22 @@ def test_a_stop_text_ends_the_answer(client):
     assert chat(client, stop="Paris").choices[0].message.content == answer.choices[0].message.content
 
 
+def test_stop_token_ids_end_the_answer_but_not_before_min_tokens(client):
+    # A bias of 100 makes this token the next one wherever it is not banned.
+    terms = {"logit_bias": {"504": 100}, "extra_body": {"stop_token_ids": [504]}}
+    answer = chat(client, **terms)
+    assert answer.choices[0].message.content == "" and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == 1
+    terms["extra_body"]["min_tokens"] = 6
+    answer = chat(client, **terms)
+    assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == 7
+    chunks = list(chat(client, stream=True, **terms))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content != ""
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, extra_body={"stop_token_ids": [10**6]})
+    assert error.value.param == "stop_token_ids"
+
+
 def test_n_makes_two_choices_of_one_prompt(client):
     one, two = chat(client, n=1, max_tokens=8), chat(client, n=2, max_tokens=8, temperature=1.0)
     assert [choice.index for choice in two.choices] == [0, 1]

@@ -87,6 +87,29 @@ impl TextDecoder {
                 return self.hit;
             }
         }
+        self.release_settled(out);
+        None
+    }
+
+    /// [`push`](Self::push) for a token that cannot end the output: a stop string that it completes is text, but what it leaves can still
+    /// be the beginning of one that a later token completes.
+    pub fn push_as_text(&mut self, token_bytes: &[u8], out: &mut String) {
+        if self.hit.is_some() {
+            return;
+        }
+        for &byte in token_bytes {
+            self.held.push(byte);
+            for matcher in &mut self.matchers {
+                if matcher.advance(byte) {
+                    matcher.go_on();
+                }
+            }
+        }
+        self.release_settled(out);
+    }
+
+    /// Releases what can neither become a character nor a stop string.
+    fn release_settled(&mut self, out: &mut String) {
         let n_live = self.matchers.iter().map(|matcher| matcher.n_matched).max().unwrap_or(0);
         let n_free = match self.held.len() - n_live {
             // A live prefix starts a character, so what comes before it is complete or will never be.
@@ -94,7 +117,6 @@ impl TextDecoder {
             n_all => n_all - n_unfinished_bytes(&self.held),
         };
         self.release(n_free, out);
-        None
     }
 
     /// Appends what is held back: the output has ended, so it is neither a stop string nor going to be a character.
@@ -170,13 +192,18 @@ impl Matcher {
         Self { stop: stop.to_vec(), fallback, n_matched: 0 }
     }
 
-    /// Takes the next byte of the output: whether it completes the stop string. Nothing may follow a completed one.
+    /// Takes the next byte of the output: whether it completes the stop string. After that comes nothing but [`go_on`](Self::go_on).
     fn advance(&mut self, byte: u8) -> bool {
         while self.n_matched > 0 && self.stop[self.n_matched] != byte {
             self.n_matched = self.fallback[self.n_matched - 1];
         }
         self.n_matched += usize::from(self.stop.get(self.n_matched) == Some(&byte));
         !self.stop.is_empty() && self.n_matched == self.stop.len()
+    }
+
+    /// A completed stop string does not count: looks for the next one, which may begin within it.
+    fn go_on(&mut self) {
+        self.n_matched = self.fallback.last().copied().unwrap_or(0);
     }
 }
 
@@ -322,6 +349,37 @@ mod tests {
         ) {
             let every_byte: Vec<usize> = (0..text.len()).collect();
             check(&stops, text.as_bytes(), &every_byte)?;
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn a_stop_string_only_counts_where_it_ends_behind_what_is_text(
+            stops in any_stops(),
+            bytes in any_output(),
+            text_to in any::<prop::sample::Index>(),
+        ) {
+            let n_text = text_to.index(bytes.len() + 1);
+            let mut decoder = TextDecoder::new(&stops);
+            let mut out = String::new();
+            for byte in &bytes[..n_text] {
+                decoder.push_as_text(std::slice::from_ref(byte), &mut out);
+            }
+            prop_assert_eq!(decoder.n_held_bytes(), longest_live(&stops, &bytes[..n_text]));
+            let hit = decoder.push(&bytes[n_text..], &mut out);
+            decoder.finish(&mut out);
+            let ends = n_text + 1..=bytes.len();
+            let hits = ends.filter_map(|end| {
+                let ending = stops.iter().enumerate().filter(|(_, stop)| bytes[..end].ends_with(stop.as_bytes()));
+                let (stop, text) = ending.rev().max_by_key(|(_, text)| text.len())?;
+                Some(StopHit { stop, offset: end - text.len() })
+            });
+            let first = hits.take(1).last();
+            prop_assert_eq!(hit, first);
+            let n_bytes = first.map_or(bytes.len(), |hit| hit.offset);
+            prop_assert_eq!(out, String::from_utf8_lossy(&bytes[..n_bytes]));
         }
     }
 

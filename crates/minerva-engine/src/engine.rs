@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::backend::{Loaded, Tokenizer};
 use crate::config::EngineConfig;
-use crate::constrain::Compilers;
+use crate::constrain::{Compilers, ConstraintStats, Meters};
 use crate::error::{LoadError, RequestError};
 use crate::intake::{Intake, Task};
 use crate::llama;
@@ -53,6 +53,7 @@ pub struct Engine {
 pub(crate) struct Inner {
     info: ModelInfo,
     shared: Arc<Shared>,
+    constraints: Arc<Meters>,
     next_id: AtomicU64,
     commands: Sender<Command>,
     // From here on in the order of the end: no more tasks, both threads, and what is then the last owner of the model.
@@ -155,12 +156,14 @@ impl Engine {
         let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
         let breakers = Arc::default();
         let compilers = Compilers::new(Arc::clone(&tokenizer), limits.n_vocab);
+        let constraints = Arc::clone(compilers.meters());
         let intake = Intake { tokenizer: Arc::clone(&tokenizer), limits, n_ctx, serving, breakers, compilers };
         let intake = thread::Builder::new().name("minerva-intake".into()).spawn(move || intake.run(&inbox))?;
         let worker = thread::Builder::new().name("minerva-engine".into()).spawn(move || worker.run())?;
         let inner = Inner {
             info,
             shared,
+            constraints,
             next_id: AtomicU64::new(1),
             commands,
             tasks,
@@ -225,6 +228,11 @@ impl Engine {
     /// Counters and gauges. Never waits for a step.
     pub fn stats(&self) -> EngineStats {
         self.inner.shared.stats()
+    }
+
+    /// What constraints cost. Never waits for anything.
+    pub fn constraint_stats(&self) -> ConstraintStats {
+        self.inner.constraints.stats()
     }
 
     /// How long the step that is being computed has been running; `None` between steps. A step that is far older than

@@ -9,9 +9,11 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::backend::{SeqId, Tokenizer};
 use crate::constrain::{Allowed, MatchError, Matcher, Progress};
 use crate::decoder::TextDecoder;
+use crate::ends::Ends;
 use crate::event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
 use crate::request::{Request, TokenId};
 use crate::sampler::{Breakers, Sampled, Sampler};
+use crate::shared::Shared;
 
 /// A request that was checked and tokenized.
 #[derive(Debug)]
@@ -43,6 +45,7 @@ pub(crate) struct Choice {
     n_bytes: usize,
     n_generated: u32,
     finished: bool,
+    shared: Arc<Shared>,
     /// The next token, where it was sampled together with other rows' (see [`Generation::rows`]).
     sampled: Option<Result<Sampled, GenerationError>>,
 }
@@ -51,7 +54,7 @@ pub(crate) struct Choice {
 pub(crate) struct WaitingRow<'a> {
     pub(crate) seq: SeqId,
     choice: &'a mut Choice,
-    banned: &'a [TokenId],
+    ends: &'a Ends,
     n_logprobs: Option<usize>,
 }
 
@@ -60,7 +63,7 @@ pub(crate) struct WaitingRow<'a> {
 pub(crate) struct Generation {
     events: UnboundedSender<Event>,
     stops: Vec<String>,
-    banned: Vec<TokenId>,
+    ends: Ends,
     n_logprobs: Option<usize>,
     max_tokens: u32,
     n_prompt: u32,
@@ -78,7 +81,7 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize) -> Self {
+    pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize, shared: &Arc<Shared>) -> Self {
         let Accepted { prompt, request, max_tokens, matchers, seed, breakers, submitted, events, .. } = accepted;
         let mut matchers = matchers.into_iter();
         let choices = (0..request.n).map(|index| {
@@ -96,14 +99,15 @@ impl Generation {
                 n_bytes: 0,
                 n_generated: 0,
                 finished: false,
+                shared: Arc::clone(shared),
                 sampled: None,
             }
         });
         Self {
             choices: choices.collect(),
-            stops: request.stop.clone(),
+            ends: Ends::new(&request, tokenizer),
+            stops: request.stop,
             events,
-            banned: if request.ignore_eos { tokenizer.end_of_generation().to_vec() } else { Vec::new() },
             n_logprobs: request.logprobs.map(|n| n as usize),
             max_tokens,
             n_prompt: prompt.len() as u32,
@@ -179,9 +183,9 @@ impl Generation {
 
     /// The choices that run in a sequence.
     pub(crate) fn rows(&mut self) -> impl Iterator<Item = WaitingRow<'_>> {
-        let Self { seqs, choices, banned, n_logprobs, .. } = self;
+        let Self { seqs, choices, ends, n_logprobs, .. } = self;
         let running = seqs.iter().zip(choices).filter(|(_, choice)| !choice.finished);
-        running.filter_map(|(&seq, choice)| Some(WaitingRow { seq: seq?, choice, banned, n_logprobs: *n_logprobs }))
+        running.filter_map(|(&seq, choice)| Some(WaitingRow { seq: seq?, choice, ends, n_logprobs: *n_logprobs }))
     }
 
     /// Samples the next token of the choice in `seq`, unless its row was sampled ahead, and sends what of its text can go out.
@@ -199,7 +203,7 @@ impl Generation {
         let choice = &mut self.choices[at];
         let sampled = match choice.sampled.take() {
             Some(sampled) => sampled?,
-            None => choice.sample(logits, &self.banned, self.n_logprobs)?,
+            None => choice.sample(logits, &self.ends, self.n_logprobs)?,
         };
         self.take(at, sampled, tokenizer, now)
     }
@@ -232,11 +236,12 @@ impl Generation {
         self.first_token.get_or_insert(now);
 
         let token = sampled.token;
+        let may_end = self.ends.may_end_at(choice.n_generated);
         let mut delta = Delta { choice: choice.index, ..Delta::default() };
         let mut end = None;
-        if tokenizer.is_end_of_generation(token) {
+        if tokenizer.is_end_of_generation(token) || (may_end && self.ends.is_stop_token(token)) {
             end = Some((FinishReason::Stop, None));
-        } else if let Some(stop) = choice.take(sampled, tokenizer, &mut delta) {
+        } else if let Some(stop) = choice.take(sampled, may_end, tokenizer, &mut delta) {
             end = Some((FinishReason::Stop, Some(self.stops[stop].clone())));
         } else if choice.follow(token)? == Progress::Ended {
             end = Some((FinishReason::Stop, None));
@@ -304,24 +309,26 @@ pub(crate) enum Advance {
 impl WaitingRow<'_> {
     /// Samples the token that [`Generation::advance`] will take.
     pub(crate) fn sample_ahead(self, logits: &[f32]) {
-        self.choice.sampled = Some(self.choice.sample(logits, self.banned, self.n_logprobs));
+        self.choice.sampled = Some(self.choice.sample(logits, self.ends, self.n_logprobs));
     }
 }
 
 impl Choice {
     /// Chooses the next token among those that the grammar allows, if there is one.
-    fn sample(
-        &mut self,
-        logits: &[f32],
-        banned: &[TokenId],
-        n_logprobs: Option<usize>,
-    ) -> Result<Sampled, GenerationError> {
+    fn sample(&mut self, logits: &[f32], ends: &Ends, n_logprobs: Option<usize>) -> Result<Sampled, GenerationError> {
         let allowed = self.matcher.as_mut().map(Matcher::allowed).transpose()?;
+        let banned = ends.banned(self.n_generated);
+        let began = Instant::now();
         let sampled = match allowed {
             None => self.sampler.sample(logits, banned, n_logprobs),
             Some(Allowed::Only(token)) => self.sampler.score(token, logits, n_logprobs),
-            Some(Allowed::Any(mask)) => self.sampler.sample_allowed(logits, banned, &mask, n_logprobs),
+            Some(Allowed::Any(mask)) => {
+                // Where the grammar allows nothing but an end, `min_tokens` gives way.
+                let banned = if mask.is_within(banned) { ends.always() } else { banned };
+                self.sampler.sample_allowed(logits, banned, &mask, n_logprobs)
+            }
         };
+        self.shared.count_sampler(began.elapsed());
         sampled.map_err(|error| GenerationError::Sampling { message: error.to_string() })
     }
 
@@ -330,10 +337,16 @@ impl Choice {
         Ok(self.matcher.as_mut().map_or(Ok(Progress::Goes), |matcher| matcher.accept(token))?)
     }
 
-    /// Takes a token's bytes and moves what can go out into `delta`. Returns which stop text was completed, if one was.
-    fn take(&mut self, sampled: Sampled, tokenizer: &dyn Tokenizer, delta: &mut Delta) -> Option<usize> {
+    /// Takes a token's bytes and moves what can go out into `delta`. Returns which stop text was completed, if one was and the choice may
+    /// end.
+    fn take(&mut self, sampled: Sampled, may_end: bool, tokenizer: &dyn Tokenizer, delta: &mut Delta) -> Option<usize> {
         let info = token_info(sampled, tokenizer);
-        let hit = self.decoder.push(&info.bytes, &mut delta.text);
+        let hit = if may_end {
+            self.decoder.push(&info.bytes, &mut delta.text)
+        } else {
+            self.decoder.push_as_text(&info.bytes, &mut delta.text);
+            None
+        };
         let start = self.n_bytes;
         self.n_bytes += info.bytes.len();
         self.held.push_back((start, info));

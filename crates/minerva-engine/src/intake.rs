@@ -11,6 +11,7 @@ use crate::backend::{BackendLimits, Tokenizer};
 use crate::breakers::BreakerCache;
 use crate::constrain::{Compilers, Matcher, Waiting};
 use crate::decoder::{MAX_STOP_BYTES, MAX_STOPS, validate_stops};
+use crate::ends;
 use crate::engine::Inner;
 use crate::error::RequestError;
 use crate::generation::Accepted;
@@ -181,6 +182,7 @@ impl Intake {
         in_range("deadline_ms", request.deadline_ms, MAX_DEADLINE_MS)?;
         in_range("max_itl_ms", request.max_itl_ms, MAX_ITL_MS)?;
         validate_stops(&request.stop)?;
+        ends::validate(request, self.limits.n_vocab)?;
         request.sampling.validate(self.limits.n_vocab)?;
         Ok(())
     }

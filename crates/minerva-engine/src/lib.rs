@@ -25,11 +25,13 @@ mod stream;
 
 mod breakers;
 mod constrain;
+mod ends;
 mod generation;
 mod intake;
 mod parking;
 mod serving;
 mod shared;
+mod timing;
 mod worker;
 
 pub mod backend;
@@ -48,7 +50,7 @@ mod slowed;
 mod tune;
 
 pub use config::{DraftConfig, EngineConfig, FlashAttention, KvType};
-pub use constrain::{Constraint, ConstraintError};
+pub use constrain::{Constraint, ConstraintError, ConstraintStats};
 pub use engine::Engine;
 pub use error::{LoadError, RequestError};
 pub use event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
@@ -61,6 +63,7 @@ pub use serving::{CacheIsolation, Speculation};
 pub use sim::{SimConfig, SimDraft};
 pub use status::{BuildInfo, DeviceMemory, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement};
 pub use stream::EventStream;
+pub use timing::{TIMING_BOUNDS_US, TimingStats};
 pub use tune::{
     DEFAULT_BUDGET_MS, Rates, THOROUGH_MS, TuneConfig, TuneMode, TuneReport, TuneRow, TuneSource, TunedSettings,
 };

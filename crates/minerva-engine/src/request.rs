@@ -20,7 +20,12 @@ pub struct Request {
     pub max_tokens: Option<u32>,
     /// Generation ends before any of these texts would appear.
     pub stop: Vec<String>,
-    /// Never sample an end-of-generation token, so that only `max_tokens` or a stop text ends the request.
+    /// Tokens that end a continuation as an end-of-generation token does; their text is not part of the answer.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Tokens that each continuation has at least: before that neither an end-of-generation token nor one of `stop_token_ids` is sampled,
+    /// and a stop text is text like any other. Only a constraint that allows nothing more ends it earlier. Default 0.
+    pub min_tokens: u32,
+    /// Never sample an end-of-generation token, so that only `max_tokens`, `stop_token_ids` or a stop text ends the request.
     pub ignore_eos: bool,
     /// How each token is chosen.
     pub sampling: SamplingParams,
@@ -52,6 +57,8 @@ impl Default for Request {
             n: 1,
             max_tokens: None,
             stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
             ignore_eos: false,
             sampling: SamplingParams::default(),
             logprobs: None,

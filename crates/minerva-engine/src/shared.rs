@@ -22,6 +22,8 @@ pub(crate) struct Shared {
     parked_bytes: AtomicU64,
     draft_cells: AtomicU64,
     totals: Totals,
+    /// Time inside the samplers of all choices, in nanoseconds: a token takes less than a microsecond with some parameters.
+    sampler_ns: AtomicU64,
     /// Mean time of a request in microseconds, for Retry-After.
     request_us: AtomicU64,
     /// When the running step began, in microseconds since `start`; 0 when none runs.
@@ -72,6 +74,7 @@ impl Shared {
             parked_bytes: AtomicU64::default(),
             draft_cells: AtomicU64::default(),
             totals: Totals::default(),
+            sampler_ns: AtomicU64::default(),
             request_us: AtomicU64::default(),
             step_began_us: AtomicU64::default(),
         }
@@ -103,6 +106,7 @@ impl Shared {
             draft_cells_used: self.draft_cells.load(Relaxed),
             preempted_total: totals.preempted.load(Relaxed),
             restored_tokens_total: totals.restored_tokens.load(Relaxed),
+            sampler_us_total: self.sampler_ns.load(Relaxed) / 1_000,
             host_cache_bytes: self.parked_bytes.load(Relaxed),
         }
     }
@@ -192,6 +196,10 @@ impl Shared {
 
     pub(crate) fn count_overhead(&self, us: u64) {
         self.totals.overhead_us.fetch_add(us, Relaxed);
+    }
+
+    pub(crate) fn count_sampler(&self, time: Duration) {
+        self.sampler_ns.fetch_add(time.as_nanos() as u64, Relaxed);
     }
 
     pub(crate) fn count_cached(&self, n_tokens: u64) {

@@ -161,6 +161,8 @@ pub struct EngineStats {
     pub preempted_total: u64,
     /// Tokens whose cells came back from host memory.
     pub restored_tokens_total: u64,
+    /// Time inside the samplers, over all threads, in microseconds. What they wait for a constraint's mask is not in it.
+    pub sampler_us_total: u64,
     /// Host memory that holds copies of sequences, in bytes.
     pub host_cache_bytes: u64,
 }

@@ -105,7 +105,7 @@ impl Worker {
             Command::Submit(id, accepted) => {
                 let job = self.job(id, &accepted);
                 self.scheduler.enqueue(job, self.clock_us(Instant::now()));
-                let generation = Generation::new(*accepted, &*self.tokenizer, self.n_vocab);
+                let generation = Generation::new(*accepted, &*self.tokenizer, self.n_vocab, &self.shared);
                 self.generations.insert(id, generation);
             }
             Command::Cancel(id) => self.cancel(id),

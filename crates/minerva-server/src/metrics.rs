@@ -3,6 +3,8 @@
 //! Only atomics are touched while tokens flow; the one lock (requests by route and status) is taken once per request.
 //! What the engine counts itself is read from it when somebody asks.
 
+mod constraints;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -140,9 +142,9 @@ fn print_labelled(text: &mut Text, metrics: &Metrics) {
 }
 
 fn print_engine(text: &mut Text, phase: &Phase) {
-    let (stats, info) = match phase {
-        Phase::Ready(engine) => (engine.stats(), Some(engine.info())),
-        Phase::Loading(_) | Phase::Failed => (minerva_engine::EngineStats::default(), None),
+    let (stats, constraint_stats, info) = match phase {
+        Phase::Ready(engine) => (engine.stats(), engine.constraint_stats(), Some(engine.info())),
+        Phase::Loading(_) | Phase::Failed => Default::default(),
     };
     for (name, help, value) in [
         ("requests_running", "Requests with a running sequence.", stats.requests_running),
@@ -177,6 +179,8 @@ fn print_engine(text: &mut Text, phase: &Phase) {
     text.single("engine_backend_seconds_total", "counter", "Time inside the backend.", seconds(stats.backend_us_total));
     text.single("engine_draft_seconds_total", "counter", "Time inside the draft model.", seconds(stats.draft_us_total));
     text.single("engine_overhead_seconds_total", "counter", "Time between steps.", seconds(stats.overhead_us_total));
+    text.single("sampler_seconds_total", "counter", "Time inside samplers.", seconds(stats.sampler_us_total));
+    constraints::print(text, &constraint_stats);
     if let Some(info) = info {
         text.head("model_info", "gauge", "The loaded model and its device.");
         text.sample("model_info", &[("model", info.name.as_str()), ("device", info.placement.device.as_str())], 1.0);

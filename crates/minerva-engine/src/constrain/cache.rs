@@ -50,6 +50,11 @@ impl<V: Clone> Cache<V> {
         self.entries.insert(key, Entry { value, n_bytes, last_use: self.clock });
     }
 
+    /// Entries, and the bytes that they take.
+    pub(super) fn size(&self) -> (usize, usize) {
+        (self.entries.len(), self.n_bytes)
+    }
+
     fn remove(&mut self, key: &str) {
         if let Some(entry) = self.entries.remove(key) {
             self.n_bytes -= entry.n_bytes;

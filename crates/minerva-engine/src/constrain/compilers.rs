@@ -4,13 +4,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use llguidance::ParserFactory;
 
 use super::cache::Cache;
 use super::compile::{Compiled, MAX_SOURCE_BYTES, compile};
 use super::matcher::{Masks, Matcher};
+use super::meters::Meters;
 use super::{Constraint, ConstraintError, vocabulary};
 use crate::backend::Tokenizer;
 use crate::error::RequestError;
@@ -73,6 +74,7 @@ struct Kept {
     factory: OnceLock<Result<ParserFactory, String>>,
     masks: OnceLock<Masks>,
     cache: Mutex<Cache<Outcome>>,
+    meters: Arc<Meters>,
     n_running: AtomicUsize,
 }
 
@@ -84,9 +86,15 @@ impl Compilers {
             factory: OnceLock::new(),
             masks: OnceLock::new(),
             cache: Mutex::new(Cache::new(MAX_CACHED, MAX_CACHED_BYTES)),
+            meters: Arc::default(),
             n_running: AtomicUsize::new(0),
         };
         Self { jobs: Arc::default(), kept: Arc::new(kept) }
+    }
+
+    /// What constraints cost; it can be read after the threads have ended.
+    pub(crate) fn meters(&self) -> &Arc<Meters> {
+        &self.kept.meters
     }
 
     fn jobs(&self) -> std::io::Result<SyncSender<Job>> {
@@ -110,9 +118,12 @@ impl Compilers {
             Ok(key) => key,
             Err(error) => return waiting.resolve(Err(error.into())),
         };
+        let meters = &self.kept.meters;
         if let Some(outcome) = self.kept.cached(&key) {
+            meters.hits.fetch_add(1, Ordering::Relaxed);
             return waiting.resolve(self.kept.matchers(outcome, n));
         }
+        meters.misses.fetch_add(1, Ordering::Relaxed);
         let jobs = match self.jobs() {
             Ok(jobs) => jobs,
             Err(error) => return waiting.resolve(Err(ConstraintError::whole(error.to_string()).into())),
@@ -165,7 +176,11 @@ impl Kept {
             Ok(_) => CACHED_BYTES_AT_LEAST.max(key.len() * CACHED_BYTES_PER_BYTE),
             Err(_) => 1024,
         };
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner).insert(key, outcome, n_bytes);
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.insert(key, outcome, n_bytes);
+        let (n_entries, n_bytes) = cache.size();
+        self.meters.entries.store(n_entries as u64, Ordering::Relaxed);
+        self.meters.bytes.store(n_bytes as u64, Ordering::Relaxed);
     }
 
     /// One grammar for each choice. They share nothing: what one makes of it does not slow or break another.
@@ -178,7 +193,7 @@ impl Kept {
 
     fn masks(&self) -> Result<&Masks, ConstraintError> {
         if self.masks.get().is_none() {
-            let started = Masks::start().map_err(|error| ConstraintError::whole(error.to_string()))?;
+            let started = Masks::start(&self.meters).map_err(|error| ConstraintError::whole(error.to_string()))?;
             let _ = self.masks.set(started); // another was faster: ours end with their handle
         }
         self.masks.get().ok_or_else(|| ConstraintError::whole("there are no threads for masks"))
@@ -230,7 +245,9 @@ fn compile_within_limit(kept: &Arc<Kept>, constraint: Constraint, key: String) -
     let (done, outcome) = mpsc::channel();
     let run = move || {
         let kept = &running.0;
+        let began = Instant::now();
         let result = kept.factory().and_then(|factory| compile(factory, &constraint)).map(Arc::new);
+        kept.meters.compile.observe(began.elapsed());
         kept.keep(key, result.clone());
         drop(running);
         let _ = done.send(result); // where that is too late, it is kept for the next

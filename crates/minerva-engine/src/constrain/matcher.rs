@@ -8,9 +8,11 @@ use std::collections::VecDeque;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use llguidance::api::StopReason;
 
+use super::meters::Meters;
 use crate::request::TokenId;
 use crate::sampler::TokenMask;
 
@@ -129,7 +131,12 @@ impl Matcher {
     fn next(&mut self) -> Result<&Next, MatchError> {
         if let State::Away(forced, computed) = &mut self.state {
             let forced = std::mem::take(forced);
-            let computed = computed.recv();
+            let computed = computed.try_recv().or_else(|_| {
+                let began = Instant::now();
+                let computed = computed.recv();
+                self.masks.meters.wait.observe(began.elapsed());
+                computed
+            });
             self.state = State::Failed;
             let (grammar, mask) =
                 computed.map_err(|_| MatchError("the thread that computes masks has ended".into()))?;
@@ -198,6 +205,7 @@ impl Next {
 #[derive(Clone)]
 pub(crate) struct Masks {
     jobs: Sender<Job>,
+    meters: Arc<Meters>,
 }
 
 struct Job {
@@ -210,18 +218,18 @@ impl Masks {
     ///
     /// # Errors
     /// The system refuses a thread.
-    pub(super) fn start() -> std::io::Result<Self> {
+    pub(super) fn start(meters: &Arc<Meters>) -> std::io::Result<Self> {
         let n_threads = thread::available_parallelism().map_or(1, |n| n.get() / 2).clamp(1, MAX_THREADS);
         let (jobs, queue) = mpsc::channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
         for i in 0..n_threads {
-            let queue = Arc::clone(&queue);
+            let (queue, meters) = (Arc::clone(&queue), Arc::clone(meters));
             thread::Builder::new()
                 .name(format!("minerva-mask-{i}"))
                 .stack_size(STACK_BYTES)
-                .spawn(move || work(&queue))?;
+                .spawn(move || work(&queue, &meters))?;
         }
-        Ok(Self { jobs })
+        Ok(Self { jobs, meters: Arc::clone(meters) })
     }
 
     fn compute(&self, grammar: Box<llguidance::Matcher>) -> Receiver<Computed> {
@@ -232,12 +240,14 @@ impl Masks {
     }
 }
 
-fn work(queue: &Mutex<Receiver<Job>>) {
+fn work(queue: &Mutex<Receiver<Job>>, meters: &Meters) {
     loop {
         // The lock is held while waiting, and free again before the work: another thread waits behind it.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { mut grammar, answer }) = job else { return };
+        let began = Instant::now();
         let mask = compute_mask(&mut grammar); // a panic in there comes back as an error
+        meters.mask.observe(began.elapsed());
         let _ = answer.send((grammar, mask)); // nobody waits for that of a request that was cancelled
     }
 }

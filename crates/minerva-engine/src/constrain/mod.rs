@@ -17,6 +17,7 @@ mod compilers;
 mod expansion;
 mod gbnf;
 mod matcher;
+mod meters;
 mod schema;
 mod vocabulary;
 
@@ -24,6 +25,8 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::compilers::{Compilers, Waiting};
 pub(crate) use self::matcher::{Allowed, MatchError, Matcher, Progress};
+pub use self::meters::ConstraintStats;
+pub(crate) use self::meters::Meters;
 
 /// What an answer has to follow. An answer that ends by itself does; one that `max_tokens` or a stop text cuts is a
 /// beginning of one that does.

@@ -38,6 +38,22 @@ impl TokenMask {
         self.blocks.get(i).copied().unwrap_or(0)
     }
 
+    /// Whether it holds no token but some of `tokens`.
+    pub(crate) fn is_within(&self, tokens: &[TokenId]) -> bool {
+        let n_most = tokens.len();
+        let mut n_allowed = 0;
+        for block in &self.blocks {
+            n_allowed += block.count_ones() as usize;
+            if n_allowed > n_most {
+                return false; // after a few blocks, but for a mask that allows next to nothing
+            }
+        }
+        let mut distinct = tokens.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        distinct.into_iter().filter(|&token| self.allows(token)).count() == n_allowed
+    }
+
     /// Whether `token` is in the set.
     pub fn allows(&self, token: TokenId) -> bool {
         usize::try_from(token).is_ok_and(|token| self.block(token / BLOCK) >> (token % BLOCK) & 1 == 1)
@@ -66,5 +82,13 @@ mod tests {
         let allowed: Vec<TokenId> = (-3..200).filter(|&token| mask.allows(token)).collect();
         assert_eq!(allowed, [0, 63, 65, 66]);
         assert_eq!(mask, [66, 0, 65, 63].into_iter().collect());
+    }
+
+    #[test]
+    fn a_mask_is_within_tokens_that_cover_it() {
+        let mask: TokenMask = [3, 200].into_iter().collect();
+        assert!(mask.is_within(&[200, 7, 3, 3]));
+        assert!(!mask.is_within(&[3, 7, 3]) && !mask.is_within(&[3]) && !mask.is_within(&[]));
+        assert!(TokenMask::default().is_within(&[]));
     }
 }

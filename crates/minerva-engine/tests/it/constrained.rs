@@ -182,6 +182,26 @@ fn max_tokens_stop_texts_logprobs_seeds_and_choices_work_under_a_constraint() {
 }
 
 #[test]
+fn min_tokens_makes_a_constrained_answer_longer_but_not_wrong() {
+    let engine = Engine::simulate(sim());
+    for seed in 0..10 {
+        let long = Request { min_tokens: 20, ..constrained(Constraint::Regex("[ab]*c?".into()), seed) };
+        let answer = ask(&engine, Request { logprobs: Some(1), ..long.max_tokens(200) });
+        let text = &answer.choices[0].text;
+        assert!(text.trim_end_matches('c').bytes().all(|byte| b"ab".contains(&byte)), "{text}");
+        // After a `c` nothing can follow, so the answer is complete there whatever was asked for.
+        assert!(text.len() >= 20 || text.ends_with('c'), "{text}");
+        let short =
+            Request { min_tokens: 20, ..constrained(Constraint::Choice(vec!["yes".into(), "yesno".into()]), seed) };
+        let answer = ask(&engine, short);
+        assert_eq!((answer.text(), answer.choices[0].reason()), ("yesno", FinishReason::Stop));
+        let stop = TokenId::from(b'o');
+        let cut = Request { stop_token_ids: vec![stop], ..constrained(Constraint::Choice(vec!["yesno".into()]), seed) };
+        assert_eq!(ask(&engine, cut).text(), "yesn", "a stop token cuts what is forced too");
+    }
+}
+
+#[test]
 fn what_cannot_be_enforced_is_refused_with_its_place() {
     let engine = Engine::simulate(sim());
     let x = |schema: Json| json!({"type": "object", "properties": {"a/b": {"type": "array", "items": schema}}});

@@ -64,6 +64,68 @@ fn ignore_eos_goes_on_to_max_tokens() {
 }
 
 #[test]
+fn a_stop_token_ends_the_answer_and_is_not_shown() {
+    let engine = sim();
+    let whole = ask(&engine, hello());
+    let at = whole.text().len() / 2;
+    let token = whole.choices[0].ids()[at];
+    let before = whole.choices[0].ids().iter().position(|&id| id == token).expect("it is in there");
+    let answer = ask(&engine, Request { stop_token_ids: vec![END - 3, token], ..hello() });
+    assert_eq!(answer.choices[0].finished, Some((FinishReason::Stop, None)));
+    assert_eq!(answer.text(), &whole.text()[..before]);
+    assert_eq!(answer.choices[0].tokens.len(), before);
+    assert_eq!(answer.summary().completion_tokens as usize, before + 1, "it was generated");
+    // The end of generation is ignored, what the request names is not.
+    let ignoring = Request { stop_token_ids: vec![0], ignore_eos: true, ..hello().max_tokens(50) };
+    let answer = ask(&engine, ignoring);
+    // All tokens but the end are alike where the simulator wants to end, so the first of the vocabulary is next.
+    assert_eq!((answer.text(), answer.choices[0].reason()), (whole.text(), FinishReason::Stop));
+}
+
+#[test]
+fn nothing_ends_an_answer_before_min_tokens() {
+    let engine = sim();
+    let whole = ask(&engine, hello());
+    let answer = ask(&engine, Request { min_tokens: 40, ..hello().max_tokens(45) });
+    assert_eq!(&answer.choices[0].ids()[..32], &whole.choices[0].ids(), "what comes before is as it was");
+    assert_eq!(answer.choices[0].finished, Some((FinishReason::Stop, None)), "the simulator still wants to end");
+    assert_eq!(answer.summary().completion_tokens, 41, "forty, and the end behind them");
+    let exact = ask(&engine, Request { min_tokens: 32, ..hello() });
+    assert_eq!(exact.choices, whole.choices, "who ends late enough is not changed");
+
+    let first = whole.choices[0].ids()[0];
+    let banned = ask(&engine, Request { min_tokens: 9, stop_token_ids: vec![first], ..hello().max_tokens(9) });
+    assert!(banned.choices[0].ids().iter().all(|&id| id != first), "a stop token is not sampled");
+    assert_eq!(banned.choices[0].tokens.len(), 9);
+}
+
+#[test]
+fn a_stop_text_counts_from_min_tokens_on_even_where_it_began_before() {
+    let engine = sim();
+    let whole = ask(&engine, hello());
+    let text = whole.text();
+    let stop = text[8..11].to_owned();
+    assert_eq!(text.find(&stop), Some(8), "the simulator's text has it once");
+    for (min_tokens, ends) in [(0, true), (10, true), (11, false)] {
+        let answer = ask(&engine, Request { min_tokens, stop: vec![stop.clone()], ..hello() });
+        assert_eq!(answer.text(), if ends { &text[..8] } else { text }, "min_tokens {min_tokens}");
+    }
+    let ids = ask(&engine, Request { min_tokens: 11, stop: vec![stop], ..hello() }).choices[0].ids();
+    assert_eq!(ids, whole.choices[0].ids(), "no token is lost");
+}
+
+#[test]
+fn min_tokens_holds_for_every_choice_on_every_path_of_sampling() {
+    for (n_seq_max, period_tokens) in [(1, None), (4, Some(5))] {
+        let engine = Engine::simulate(SimConfig { n_seq_max, period_tokens, ..SimConfig::default() });
+        let request = Request { n: n_seq_max, min_tokens: 50, stop: vec!["e".into()], ..hello().max_tokens(60) };
+        for choice in ask(&engine, request).choices {
+            assert!(choice.tokens.len() >= 49, "{}", choice.tokens.len());
+        }
+    }
+}
+
+#[test]
 fn a_stop_text_across_tokens_ends_the_answer_before_it() {
     let engine = sim();
     let whole = ask(&engine, hello());

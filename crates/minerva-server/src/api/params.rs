@@ -1,6 +1,6 @@
 //! The parameters that chat and plain completions share.
 
-use minerva_engine::{ModelInfo, Request};
+use minerva_engine::{ModelInfo, Request, TokenId};
 use serde_json::Value as Json;
 
 use super::error::ApiError;
@@ -56,6 +56,8 @@ pub(crate) fn request(fields: &mut Fields, info: &ModelInfo) -> Result<Request, 
         n: fields.count("n", 1, info.n_seq_max.max(1))?.unwrap_or(1),
         max_tokens: max_completion_tokens.or(max_tokens).or(n_predict),
         stop: stop(fields)?,
+        stop_token_ids: stop_token_ids(fields)?,
+        min_tokens: fields.count("min_tokens", 0, u32::MAX)?.unwrap_or(0),
         ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
         sampling: super::sampling::params(fields)?,
         cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
@@ -86,6 +88,21 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
         return Err(ApiError::wrong_value("stop", &wanted));
     }
     Ok(stops)
+}
+
+/// Tokens that end the answer; the engine checks that there are such.
+fn stop_token_ids(fields: &mut Fields) -> Result<Vec<TokenId>, ApiError> {
+    const NAME: &str = "stop_token_ids";
+    let items = match fields.take(NAME) {
+        None => return Ok(Vec::new()),
+        Some(Json::Array(items)) => items,
+        Some(other) => return Err(ApiError::wrong_type(NAME, "an array of token ids", &other)),
+    };
+    let token = |item: Json| {
+        let id = item.as_i64().ok_or_else(|| ApiError::wrong_type(NAME, "an array of token ids", &item))?;
+        TokenId::try_from(id).map_err(|_| ApiError::wrong_value(NAME, "an array of token ids"))
+    };
+    items.into_iter().map(token).collect()
 }
 
 /// The constraint of the answer, under any of its names.

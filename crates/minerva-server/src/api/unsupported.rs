@@ -69,13 +69,11 @@ const FIELDS: &[(&str, Neutral)] = &[
     ("continue_final_message", Neutral::False),
     ("image_data", Neutral::Empty),
     ("lora", Neutral::Empty),
-    ("min_tokens", Neutral::Zero),
     ("n_keep", Neutral::Zero),
     ("n_probs", Neutral::Zero),
     ("post_sampling_probs", Neutral::False),
     ("prompt_logprobs", Neutral::Zero),
     ("return_tokens", Neutral::False),
-    ("stop_token_ids", Neutral::Empty),
 ];
 
 /// Takes every field of the table; the first that asks for something is an error.

@@ -182,6 +182,46 @@ async fn a_stop_text_ends_the_answer_and_is_not_part_of_it() {
 }
 
 #[tokio::test]
+async fn stop_token_ids_and_min_tokens_move_the_end_of_chats_and_completions() {
+    let server = start().await;
+    let mut request = hello();
+    request["max_tokens"] = json!(40);
+    let whole = server.chat(&request).await.json();
+    let text = whole["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
+    assert_eq!((text.len(), &whole["choices"][0]["finish_reason"]), (16, &json!("stop")));
+    // The simulator's tokens are bytes.
+    let byte = text.as_bytes()[5];
+    request["stop_token_ids"] = json!([byte]);
+    for stream in [false, true] {
+        request["stream"] = json!(stream);
+        let reply = server.chat(&request).await;
+        let events = if stream { reply.events() } else { vec![reply.json()] };
+        let part = |event: &serde_json::Value| {
+            let choice = &event["choices"][0];
+            let content = choice["delta"]["content"].as_str().or(choice["message"]["content"].as_str());
+            content.unwrap_or_default().to_owned()
+        };
+        let cut: String = events.iter().map(part).collect();
+        assert_eq!(cut, text[..text.find(char::from(byte)).unwrap()]);
+        assert!(events.iter().any(|event| event["choices"][0]["finish_reason"] == "stop"), "{events:?}");
+    }
+    request["stop_token_ids"] = json!([]);
+    request["stream"] = json!(false);
+    request["min_tokens"] = json!(30);
+    let long = server.chat(&request).await.json();
+    assert_eq!(
+        (&long["usage"]["completion_tokens"], &long["choices"][0]["finish_reason"]),
+        (&json!(31), &json!("stop"))
+    );
+
+    let fields = json!({"prompt": ["one", "two"], "max_tokens": 20, "temperature": 0, "min_tokens": 12, "stop": "e"});
+    let texts = server.complete(&fields).await.json();
+    for choice in texts["choices"].as_array().unwrap() {
+        assert!(choice["text"].as_str().unwrap().len() >= 12, "{texts}");
+    }
+}
+
+#[tokio::test]
 async fn cached_tokens_are_reported() {
     let server = start_with(sim(), |_| {}).await;
     let mut request = hello();

@@ -154,6 +154,36 @@ async fn metrics_count_what_happened() {
 }
 
 #[tokio::test]
+async fn metrics_tell_what_constraints_cost() {
+    let server = start_with(SimConfig { spread: 3.0, ..sim() }, |_| {}).await;
+    let before = parse_metrics(&server.get("/metrics").await.text());
+    assert_eq!(before.get("minerva_constraint_compile_seconds_count"), Some(&0.0));
+    let request = |regex: &str| json!({"prompt": "hi", "max_tokens": 20, "guided_regex": regex});
+    for regex in ["[a-z]{8}", "[a-z]{8}", "[0-9]{4}", "[a-z]{8}"] {
+        assert_eq!(server.complete(&request(regex)).await.status, 200);
+    }
+    assert_eq!(server.complete(&request("(")).await.status, 400);
+    server.idle().await;
+    let after = parse_metrics(&server.get("/metrics").await.text());
+    for (series, value) in [
+        ("minerva_constraint_compile_seconds_count", 3.0), // the one that fails too
+        ("minerva_constraint_compile_seconds_bucket{le=\"+Inf\"}", 3.0),
+        ("minerva_constraint_cache_hits_total", 2.0),
+        ("minerva_constraint_cache_misses_total", 3.0),
+        ("minerva_constraint_cache_entries", 3.0),
+        // The first mask of a constraint comes with its compilation, and after the last token there is none.
+        ("minerva_constraint_mask_seconds_count", 3.0 * 7.0 + 3.0),
+    ] {
+        assert_eq!(after.get(series), Some(&value), "{series}");
+    }
+    assert!(after["minerva_constraint_compile_seconds_sum"] > 0.0);
+    assert!(after["minerva_constraint_mask_seconds_sum"] > 0.0);
+    assert!(after["minerva_constraint_cache_bytes"] >= 2.0 * 65_536.0);
+    assert!(after["minerva_constraint_mask_wait_seconds_count"] <= after["minerva_constraint_mask_seconds_count"]);
+    assert!(after["minerva_sampler_seconds_total"] > before["minerva_sampler_seconds_total"]);
+}
+
+#[tokio::test]
 async fn a_stream_says_no_buffering_and_no_caching() {
     let server = start().await;
     let body = json!({"prompt": "hi", "max_tokens": 1, "stream": true}).to_string();
