@@ -205,3 +205,25 @@ def test_status_tells_where_the_model_runs_and_nothing_about_files(url):
     assert answer["state"] == "ready" and answer["device"]["layers_total"] > 0 and answer["device"]["reason"]
     assert answer["model"]["placement"]["memory"] and answer["build"]["llama_cpp"]
     assert "/root" not in text and "/home" not in text and ".gguf" not in text
+
+
+def test_a_stream_that_asks_for_it_hears_of_the_queue(url):
+    body = {"messages": [{"role": "user", "content": "Count to ten."}], "stream": True, "max_tokens": 32, "queue_updates": True}
+
+    def comments(_):
+        status, _, reply = request(url, CHAT, body)
+        assert status == 200 and reply.endswith(b"data: [DONE]\n\n")
+        return [event.decode() for event in reply.split(b"\n\n") if event.startswith(b":")]
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        heard = list(pool.map(comments, range(40)))
+    assert all(events.count(": started") == 1 for events in heard)
+    waited = [events[0] for events in heard if events[0] != ": started"]
+    assert all(event.startswith(": queue position=") for event in waited)
+    assert comments_without_asking(url) == []
+
+
+def comments_without_asking(url):
+    """The comments of a stream that did not ask."""
+    reply = request(url, CHAT, {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 4})[2]
+    return [event for event in reply.split(b"\n\n") if event.startswith(b":")]

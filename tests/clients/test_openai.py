@@ -1,5 +1,6 @@
 """The official `openai` client against a running server: what its users rely on."""
 
+import concurrent.futures
 import json
 import math
 
@@ -59,6 +60,28 @@ def test_a_repeated_prompt_is_served_from_the_cache(client):
     again = chat(client, messages=messages, max_tokens=2).usage
     assert again.prompt_tokens == first.prompt_tokens
     assert again.prompt_tokens_details.cached_tokens > first.prompt_tokens // 2
+
+
+def test_hints_about_the_cache_are_understood(client):
+    part = {"type": "text", "text": "Words to remember: " + "cherry fig date " * 30, "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    hints = {"messages": [{"role": "user", "content": [part]}], "extra_body": {"prompt_cache_key": "words"}}
+    first = chat(client, max_tokens=2, **hints).usage
+    again = chat(client, max_tokens=2, **hints).usage
+    assert again.prompt_tokens_details.cached_tokens == first.prompt_tokens - 1, "all but the last token, which has to be computed"
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, messages=[{"role": "user", "content": [{**part, "cache_control": {"type": "ephemeral", "ttl": "2h"}}]}])
+    assert error.value.param == "messages[0].content[0].cache_control.ttl"
+
+
+def test_comments_about_the_queue_do_not_disturb_streams(client):
+    def words(i):
+        messages = [{"role": "user", "content": f"Say something about the number {i}."}]
+        chunks = list(chat(client, messages=messages, stream=True, max_tokens=24, extra_body={"queue_updates": True}))
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        assert all(pool.map(words, range(24)))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -224,7 +224,7 @@ async fn ask_engine(engine: &Engine, ask: &Ask, clock: Instant, answer: &mut Ans
                     return Ok(End::Answered);
                 }
             }
-            Event::Finished { .. } => {}
+            Event::Finished { .. } | Event::Queued { .. } | Event::Started => {}
             Event::Done(summary) => {
                 answer.prompt_tokens = Some(summary.prompt_tokens);
                 answer.cached_tokens = Some(summary.cached_tokens);

@@ -8,6 +8,16 @@ use crate::request::TokenId;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "type")]
 pub enum Event {
+    /// The request waits; sent when something changed, at most once a second, to those with
+    /// [`queue_updates`](crate::Request::queue_updates).
+    Queued {
+        /// How many are to begin before it, and itself: 1 is next.
+        position: u32,
+        /// When it will begin, from now, in milliseconds; `None` while nothing is known of how long requests take.
+        estimate_ms: Option<u64>,
+    },
+    /// The request waits no longer; sent once, to the same ones.
+    Started,
     /// New text of one choice.
     Delta(Delta),
     /// One choice is complete; no more deltas of it follow.

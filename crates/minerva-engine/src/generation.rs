@@ -11,8 +11,10 @@ use crate::constrain::{Allowed, MatchError, Matcher, Progress};
 use crate::decoder::TextDecoder;
 use crate::ends::Ends;
 use crate::event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
+use crate::queue_watch::Told;
 use crate::request::{Request, TokenId};
 use crate::sampler::{Breakers, Sampled, Sampler};
+use crate::scheduler::Miss;
 use crate::shared::Shared;
 
 /// A request that was checked and tokenized.
@@ -73,6 +75,10 @@ pub(crate) struct Generation {
     /// Where each choice runs; `None` while it waits.
     seqs: Vec<Option<SeqId>>,
     choices: Vec<Choice>,
+    /// Why the prompt is computed, when it is not reused.
+    miss: Option<Miss>,
+    /// What it was told while it waits, if it wants to be.
+    told: Option<Told>,
     submitted: Instant,
     /// The answer is cut off here.
     deadline: Option<Instant>,
@@ -115,6 +121,8 @@ impl Generation {
             n_guessed: 0,
             n_right_guesses: 0,
             seqs: Vec::new(),
+            miss: None,
+            told: request.queue_updates.then(Told::default),
             deadline: request.deadline_ms.map(|ms| submitted + Duration::from_millis(ms)),
             submitted,
             started: None,
@@ -123,10 +131,33 @@ impl Generation {
     }
 
     /// The request got its sequences, one per choice.
-    pub(crate) fn start(&mut self, seqs: Vec<SeqId>, n_cached: u32, now: Instant) {
+    pub(crate) fn start(&mut self, seqs: Vec<SeqId>, n_cached: u32, miss: Option<Miss>, now: Instant) {
+        self.miss = miss;
+        if self.told.take().is_some() {
+            let _ = self.events.send(Event::Started);
+        }
         self.seqs = seqs.into_iter().map(Some).collect();
         self.n_cached = n_cached;
         self.started = Some(now);
+    }
+
+    /// It wants to hear where it is in the queue.
+    pub(crate) fn wants_updates(&self) -> bool {
+        self.told.is_some()
+    }
+
+    /// It waits at this place.
+    pub(crate) fn tell(&mut self, position: u32, estimate_us: Option<u64>, now: Instant) {
+        if let Some(event) = self.told.as_mut().and_then(|told| told.tell(position, estimate_us, now)) {
+            let _ = self.events.send(event);
+        }
+    }
+
+    /// What it should have got from elsewhere could not be had.
+    pub(crate) fn lost_prefix(&mut self) {
+        if self.set_cached(0) {
+            self.miss = Some(Miss::MemoryCannotBeCut);
+        }
     }
 
     /// The choice in `seq` gave its sequence away and waits for another.
@@ -233,7 +264,12 @@ impl Generation {
         let choice = &mut self.choices[at];
         choice.sampler.accept(sampled.token);
         choice.n_generated += 1;
-        self.first_token.get_or_insert(now);
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            if let Some(miss) = self.miss {
+                choice.shared.count_miss(miss);
+            }
+        }
 
         let token = sampled.token;
         let may_end = self.ends.may_end_at(choice.n_generated);

@@ -15,7 +15,7 @@ use crate::ends;
 use crate::engine::Inner;
 use crate::error::RequestError;
 use crate::generation::Accepted;
-use crate::request::{Prompt, Request, TokenId};
+use crate::request::{MAX_CACHE_KEY_BYTES, Prompt, Request, TokenId};
 use crate::sampler::InvalidParam;
 use crate::serving::Serving;
 use crate::stream::EventStream;
@@ -29,6 +29,9 @@ const MAX_DEADLINE_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// A minute.
 const MAX_ITL_MS: u64 = 60 * 1000;
+
+/// An hour.
+const MAX_KEEP_MS: u64 = 60 * 60 * 1000;
 
 /// What the intake thread is asked to do.
 pub(crate) enum Task {
@@ -181,6 +184,11 @@ impl Intake {
         };
         in_range("deadline_ms", request.deadline_ms, MAX_DEADLINE_MS)?;
         in_range("max_itl_ms", request.max_itl_ms, MAX_ITL_MS)?;
+        in_range("keep_ms", request.keep_ms, MAX_KEEP_MS)?;
+        if let Some(n_bytes) = request.cache_key.as_ref().map(String::len).filter(|&n| n > MAX_CACHE_KEY_BYTES) {
+            let allowed = format!("at most {MAX_CACHE_KEY_BYTES} bytes");
+            return Err(InvalidParam::new("prompt_cache_key", format!("of {n_bytes} bytes"), allowed).into());
+        }
         validate_stops(&request.stop)?;
         ends::validate(request, self.limits.n_vocab)?;
         request.sampling.validate(self.limits.n_vocab)?;

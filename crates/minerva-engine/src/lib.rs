@@ -29,6 +29,7 @@ mod ends;
 mod generation;
 mod intake;
 mod parking;
+mod queue_watch;
 mod serving;
 mod shared;
 mod timing;
@@ -57,11 +58,12 @@ pub use event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo,
 pub use intake::MAX_LOGPROBS;
 /// The other end of [`EngineConfig::rpc_servers`].
 pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
-pub use request::{ChatMessage, Prompt, Request, TokenId};
+pub use request::{ChatMessage, MAX_CACHE_KEY_BYTES, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
+pub use scheduler::Miss;
 pub use serving::{CacheIsolation, Speculation};
 pub use sim::{SimConfig, SimDraft};
-pub use status::{BuildInfo, DeviceMemory, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement};
+pub use status::{BuildInfo, DeviceMemory, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement, PrefixMisses};
 pub use stream::EventStream;
 pub use timing::{TIMING_BOUNDS_US, TimingStats};
 pub use tune::{

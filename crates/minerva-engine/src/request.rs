@@ -8,6 +8,9 @@ use crate::sampler::SamplingParams;
 /// A token of the model's vocabulary, `0..n_vocab` (llama.cpp's `llama_token`).
 pub type TokenId = i32;
 
+/// The longest [`Request::cache_key`], in bytes.
+pub const MAX_CACHE_KEY_BYTES: usize = 512;
+
 /// One generation request: a prompt and how to continue it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -35,6 +38,14 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// Reuse cached cells of an earlier request that began with the same tokens. Default true.
     pub cache_prompt: bool,
+    /// Requests with the same key, of at most [`MAX_CACHE_KEY_BYTES`], are expected to begin alike: what they computed is kept longer than
+    /// what else their client left. A hint that costs other clients nothing.
+    pub cache_key: Option<String>,
+    /// For so many milliseconds, an hour at most, what this request computes is the last that is given up of what its client left. A hint
+    /// like `cache_key`, and before it.
+    pub keep_ms: Option<u64>,
+    /// Send [`Event::Queued`](crate::Event::Queued) while the request waits, and [`Event::Started`](crate::Event::Started). Default false.
+    pub queue_updates: bool,
     /// Whether the next tokens may be guessed from what the text has said before and computed along. It never changes what is sampled.
     /// Default true.
     pub speculate: bool,
@@ -64,6 +75,9 @@ impl Default for Request {
             logprobs: None,
             constraint: None,
             cache_prompt: true,
+            cache_key: None,
+            keep_ms: None,
+            queue_updates: false,
             speculate: true,
             client: 0,
             priority: 0,

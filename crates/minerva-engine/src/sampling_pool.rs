@@ -187,7 +187,7 @@ mod tests {
                         choices[delta.choice as usize].extend(delta.tokens.iter().map(|token| token.id));
                     }
                     Event::Done(_) => return choices,
-                    Event::Finished { .. } => {}
+                    Event::Finished { .. } | Event::Queued { .. } | Event::Started => {}
                     Event::Failed(error) => panic!("{error}"),
                 }
             }

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::error::RequestError;
-use crate::scheduler::Guesses;
-use crate::status::EngineStats;
+use crate::scheduler::{Guesses, Miss};
+use crate::status::{EngineStats, PrefixMisses};
 
 /// Numbers that need no order among each other: each is true by itself.
 #[derive(Debug)]
@@ -26,6 +26,10 @@ pub(crate) struct Shared {
     sampler_ns: AtomicU64,
     /// Mean time of a request in microseconds, for Retry-After.
     request_us: AtomicU64,
+    /// When the next request in the queue will begin, in microseconds from when it was estimated; 0 while that is unknown.
+    next_start_us: AtomicU64,
+    /// Prompts that were computed, by the place of the reason in [`Miss::ALL`].
+    misses: [AtomicU64; Miss::ALL.len()],
     /// When the running step began, in microseconds since `start`; 0 when none runs.
     step_began_us: AtomicU64,
 }
@@ -76,6 +80,8 @@ impl Shared {
             totals: Totals::default(),
             sampler_ns: AtomicU64::default(),
             request_us: AtomicU64::default(),
+            next_start_us: AtomicU64::default(),
+            misses: std::array::from_fn(|_| AtomicU64::default()),
             step_began_us: AtomicU64::default(),
         }
     }
@@ -106,6 +112,7 @@ impl Shared {
             draft_cells_used: self.draft_cells.load(Relaxed),
             preempted_total: totals.preempted.load(Relaxed),
             restored_tokens_total: totals.restored_tokens.load(Relaxed),
+            prefix_misses: PrefixMisses::new(|miss| self.misses[miss as usize].load(Relaxed)),
             sampler_us_total: self.sampler_ns.load(Relaxed) / 1_000,
             host_cache_bytes: self.parked_bytes.load(Relaxed),
         }
@@ -145,10 +152,19 @@ impl Shared {
         self.queued_tokens.fetch_sub(n_prompt as u64, Relaxed);
     }
 
-    /// When the queue may have a place again: the mean time of a request over the sequences that work on it.
+    /// When the queue may have a place again: what those who wait are told, and before anybody waited the mean time of a request over the
+    /// sequences that work on it.
     fn retry_after_s(&self) -> u32 {
-        let seconds = self.request_us.load(Relaxed) as f64 / 1e6 / self.n_seq_max.max(1) as f64;
-        (seconds.ceil() as u32).clamp(1, 60)
+        let us = match self.next_start_us.load(Relaxed) {
+            0 => self.request_us.load(Relaxed) / self.n_seq_max.max(1),
+            estimated => estimated,
+        };
+        us.div_ceil(1_000_000).clamp(1, 60) as u32
+    }
+
+    /// When the next in the queue will begin, if somebody waits and that can be said.
+    pub(crate) fn publish_next_start(&self, us: Option<u64>) {
+        self.next_start_us.store(us.map_or(0, |us| us.max(1)), Relaxed);
     }
 
     pub(crate) fn learn_duration(&self, seconds: f64) {
@@ -200,6 +216,10 @@ impl Shared {
 
     pub(crate) fn count_sampler(&self, time: Duration) {
         self.sampler_ns.fetch_add(time.as_nanos() as u64, Relaxed);
+    }
+
+    pub(crate) fn count_miss(&self, miss: Miss) {
+        self.misses[miss as usize].fetch_add(1, Relaxed);
     }
 
     pub(crate) fn count_cached(&self, n_tokens: u64) {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::scheduler::Miss;
 use crate::tune::TuneReport;
 
 /// The loaded model and where it runs; fixed for the life of the engine.
@@ -161,10 +162,63 @@ pub struct EngineStats {
     pub preempted_total: u64,
     /// Tokens whose cells came back from host memory.
     pub restored_tokens_total: u64,
+    /// Requests whose prompt was computed, wholly or beyond what was reused, by the reason.
+    pub prefix_misses: PrefixMisses,
     /// Time inside the samplers, over all threads, in microseconds. What they wait for a constraint's mask is not in it.
     pub sampler_us_total: u64,
     /// Host memory that holds copies of sequences, in bytes.
     pub host_cache_bytes: u64,
+}
+
+/// Requests whose prompt was computed, by the reason: see [`Miss`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PrefixMisses {
+    /// [`Miss::First`]
+    pub first: u64,
+    /// [`Miss::Extended`]
+    pub extended: u64,
+    /// [`Miss::Diverged`]
+    pub diverged: u64,
+    /// [`Miss::Evicted`]
+    pub evicted: u64,
+    /// [`Miss::Spared`]
+    pub spared: u64,
+    /// [`Miss::MemoryCannotBeCut`]
+    pub memory_cannot_be_cut: u64,
+    /// [`Miss::Preempted`]
+    pub preempted: u64,
+    /// [`Miss::Disabled`]
+    pub disabled: u64,
+}
+
+impl PrefixMisses {
+    pub(crate) fn new(count: impl Fn(Miss) -> u64) -> Self {
+        Self {
+            first: count(Miss::First),
+            extended: count(Miss::Extended),
+            diverged: count(Miss::Diverged),
+            evicted: count(Miss::Evicted),
+            spared: count(Miss::Spared),
+            memory_cannot_be_cut: count(Miss::MemoryCannotBeCut),
+            preempted: count(Miss::Preempted),
+            disabled: count(Miss::Disabled),
+        }
+    }
+
+    /// How many there were for one reason.
+    pub fn of(&self, miss: Miss) -> u64 {
+        match miss {
+            Miss::First => self.first,
+            Miss::Extended => self.extended,
+            Miss::Diverged => self.diverged,
+            Miss::Evicted => self.evicted,
+            Miss::Spared => self.spared,
+            Miss::MemoryCannotBeCut => self.memory_cannot_be_cut,
+            Miss::Preempted => self.preempted,
+            Miss::Disabled => self.disabled,
+        }
+    }
 }
 
 /// The build: what a bug report should say.

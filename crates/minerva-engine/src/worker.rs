@@ -3,6 +3,7 @@
 //! It alone touches the backend. Everything it shares is in [`Shared`], which others read without waiting for a step.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
@@ -12,9 +13,10 @@ use crate::drafter::{Drafter, Wish};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
 use crate::parking::Parking;
+use crate::queue_watch::QueueWatch;
 use crate::request::TokenId;
 use crate::sampling_pool::{self, SamplingPool};
-use crate::scheduler::{Admission, CacheOp, Copy, Job, RequestId, Step, Terms, Traced};
+use crate::scheduler::{Admission, CacheOp, Copy, Job, Keep, Place, RequestId, Step, Terms, Traced};
 use crate::serving::Serving;
 use crate::shared::Shared;
 
@@ -44,6 +46,9 @@ pub(crate) struct Worker {
     /// What is wanted of it; here for its room.
     wishes: Vec<Wish>,
     pub(crate) pool: SamplingPool,
+    /// Turns the keys of hints into numbers; another one in each engine, so that a trace tells nothing of them.
+    keys: RandomState,
+    watch: QueueWatch,
     /// When this engine began: the scheduler's clock counts from here.
     start: Instant,
     mailbox: Receiver<Command>,
@@ -65,6 +70,8 @@ impl Worker {
             drafter: loaded.drafter,
             wishes: Vec::new(),
             pool: SamplingPool::default(),
+            keys: RandomState::new(),
+            watch: QueueWatch::default(),
             start: Instant::now(),
             mailbox,
             shared,
@@ -106,6 +113,9 @@ impl Worker {
                 let job = self.job(id, &accepted);
                 self.scheduler.enqueue(job, self.clock_us(Instant::now()));
                 let generation = Generation::new(*accepted, &*self.tokenizer, self.n_vocab, &self.shared);
+                if generation.wants_updates() {
+                    self.watch.came();
+                }
                 self.generations.insert(id, generation);
             }
             Command::Cancel(id) => self.cancel(id),
@@ -130,6 +140,11 @@ impl Worker {
                 priority: request.priority,
                 deadline_us: deadline.map(|deadline| self.clock_us(deadline)),
                 max_itl_us: request.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
+                keep: Keep::new(
+                    request.cache_key.as_ref().map(|key| self.keys.hash_one(key)),
+                    request.keep_ms,
+                    self.clock_us(accepted.submitted),
+                ),
             },
         }
     }
@@ -189,6 +204,7 @@ impl Worker {
             self.seat(admission, began);
             self.copy_prefixes();
         }
+        self.tell_queue(now_us, began);
         let mut backend_us = self.draft();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
@@ -265,8 +281,26 @@ impl Worker {
         }
     }
 
+    /// Tells those who wait where they are.
+    fn tell_queue(&mut self, now_us: u64, now: Instant) {
+        if self.scheduler.queued().0 == 0 {
+            self.shared.publish_next_start(None);
+            return;
+        }
+        if !self.watch.is_due(now) {
+            return;
+        }
+        let places = self.scheduler.outlook(now_us);
+        self.shared.publish_next_start(places.first().and_then(|place| place.estimate_us));
+        for Place { id, position, estimate_us } in places {
+            if let Some(generation) = self.generations.get_mut(&id) {
+                generation.tell(position, estimate_us, now);
+            }
+        }
+    }
+
     fn seat(&mut self, admission: Admission, now: Instant) {
-        let Admission { id, seqs, n_cached, resumes, preempted, ops } = admission;
+        let Admission { id, seqs, n_cached, resumes, miss, preempted, ops } = admission;
         for seq in preempted {
             let owner = self.owners[seq as usize].take();
             if let Some(generation) = owner.and_then(|owner| self.generations.get_mut(&owner)) {
@@ -281,15 +315,18 @@ impl Worker {
         if let Some(generation) = self.generations.get_mut(&id) {
             if let (Some(choice), Some(seq)) = (resumes, first) {
                 generation.resume(choice, seq);
+                if let Some(miss) = miss {
+                    self.shared.count_miss(miss);
+                }
             } else {
                 self.shared.left_queue(generation.n_prompt());
-                generation.start(seqs, n_cached, now);
+                generation.start(seqs, n_cached, miss, now);
             }
         }
         self.change_cache(ops, |worker, seq| {
             worker.scheduler.forget_prefix(seq);
             if let Some(generation) = worker.generations.get_mut(&id).filter(|_| Some(seq) == first) {
-                generation.set_cached(0);
+                generation.lost_prefix();
             }
         });
         self.parking.drop_all(self.scheduler.dropped());
@@ -343,6 +380,10 @@ impl Worker {
             is_there = is_there && self.backend.copy(src, dst, n_tokens);
             if !is_there {
                 self.scheduler.copy_failed(dst);
+                let owner = self.owners[dst as usize];
+                if let Some(generation) = owner.and_then(|id| self.generations.get_mut(&id)) {
+                    generation.lost_prefix();
+                }
                 continue;
             }
             let owner = self.owners[dst as usize];

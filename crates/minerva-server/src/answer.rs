@@ -67,7 +67,7 @@ impl Answer {
                 }
                 Event::Failed(_) => self.sources.clear(),
                 Event::Delta(delta) => self.observer.token(delta),
-                Event::Finished { .. } => {}
+                Event::Finished { .. } | Event::Queued { .. } | Event::Started => {}
             }
             return Poll::Ready(Some(event));
         }
@@ -81,6 +81,11 @@ impl Answer {
     /// Whether only one prompt is left to finish, so that its `Done` is the last of all.
     pub(crate) fn is_last_source(&self) -> bool {
         self.sources.iter().filter(|source| source.stream.is_some()).count() <= 1
+    }
+
+    /// Which prompt the last event was about, where there are several.
+    pub(crate) fn last_prompt(&self) -> Option<usize> {
+        (self.sources.len() > 1).then(|| self.next.saturating_sub(1))
     }
 
     fn number(&self, event: Event, at: usize) -> Event {

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use minerva_engine::Miss;
+
 use crate::state::{App, Phase};
 
 /// What the server counts.
@@ -174,6 +176,11 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("engine_failed_steps_total", "Steps that the backend failed to compute.", stats.failed_steps_total),
     ] {
         text.single(name, "counter", help, value as f64);
+    }
+    text.head("prefix_cache_misses_total", "counter", "Requests whose prompt was computed, by why it was not reused.");
+    for miss in Miss::ALL {
+        let count = stats.prefix_misses.of(miss) as f64;
+        text.sample("prefix_cache_misses_total", &[("reason", miss.name())], count);
     }
     let seconds = |us: u64| us as f64 / 1e6;
     text.single("engine_backend_seconds_total", "counter", "Time inside the backend.", seconds(stats.backend_us_total));

@@ -102,6 +102,10 @@ impl SseBody {
     fn take(&mut self, event: Option<Event>) {
         match event {
             Some(Event::Delta(delta)) => self.writer.delta(delta),
+            Some(Event::Queued { position, estimate_ms }) => {
+                self.writer.queued(self.answer.last_prompt(), position, estimate_ms);
+            }
+            Some(Event::Started) => self.writer.started(self.answer.last_prompt()),
             Some(Event::Finished { choice, reason, .. }) => {
                 self.writer.finished(choice, reason, self.answer.is_last_source());
             }
@@ -173,6 +177,18 @@ impl ChunkWriter {
             held: None,
             totals: Totals::default(),
         }
+    }
+
+    /// A comment, which clients skip: where the request is in the queue.
+    fn queued(&mut self, prompt: Option<usize>, position: u32, estimate_ms: Option<u64>) {
+        let prompt = prompt.map_or_else(String::new, |prompt| format!(" prompt={prompt}"));
+        let estimate = estimate_ms.map_or_else(String::new, |ms| format!(" estimate_ms={ms}"));
+        self.buffer.put_slice(format!(": queue{prompt} position={position}{estimate}\n\n").as_bytes());
+    }
+
+    fn started(&mut self, prompt: Option<usize>) {
+        let prompt = prompt.map_or_else(String::new, |prompt| format!(" prompt={prompt}"));
+        self.buffer.put_slice(format!(": started{prompt}\n\n").as_bytes());
     }
 
     fn delta(&mut self, delta: Delta) {

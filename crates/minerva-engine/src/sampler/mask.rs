@@ -39,7 +39,7 @@ impl TokenMask {
     }
 
     /// Whether it holds no token but some of `tokens`.
-    pub(crate) fn is_within(&self, tokens: &[TokenId]) -> bool {
+    pub fn is_within(&self, tokens: &[TokenId]) -> bool {
         let n_most = tokens.len();
         let mut n_allowed = 0;
         for block in &self.blocks {

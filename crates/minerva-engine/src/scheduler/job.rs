@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::hints::Keep;
 use crate::request::TokenId;
 
 /// A request's number, unique within an engine.
@@ -43,6 +44,9 @@ pub struct Terms {
     /// The longest that a step may take while this request's tokens are streamed, in microseconds, as far as prompts of others
     /// are what makes it long.
     pub max_itl_us: Option<u64>,
+    /// What it says about the use of its prompt to come.
+    #[serde(default)]
+    pub keep: Keep,
 }
 
 /// What holds for all requests.

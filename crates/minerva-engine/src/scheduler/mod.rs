@@ -15,7 +15,10 @@
 mod budget;
 mod cost;
 mod draft;
+mod hints;
 mod job;
+mod lost;
+mod outlook;
 mod parked;
 mod queue;
 mod seats;
@@ -25,11 +28,14 @@ mod trace;
 
 pub use budget::{Budget, Demand};
 pub use cost::Work;
+pub use hints::Keep;
 pub use job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
+use outlook::Answers;
+pub use outlook::Place;
 pub use parked::ParkId;
 use queue::Queue;
-pub use seats::Guesses;
 use seats::{Asked, Seats};
+pub use seats::{Guesses, Miss};
 pub(crate) use trace::Traced;
 pub use trace::{ReplayError, Replayed, replay};
 
@@ -104,6 +110,9 @@ pub struct Admission {
     pub n_cached: u32,
     /// The choice that goes on in the only sequence, when it had to give its seat away before.
     pub resumes: Option<u32>,
+    /// Why not all of the prompt but its last token is reused, when it is not.
+    #[serde(default)]
+    pub miss: Option<Miss>,
     /// Sequences that were taken from others for it; they wait again.
     pub preempted: Vec<SeqId>,
     /// What to do with the cache, in order, once the preempted are out of their sequences.
@@ -147,6 +156,7 @@ pub struct Scheduler {
     queue: Queue,
     seats: Seats,
     budget: Budget,
+    answers: Answers,
     /// The order in which prompts get their share of a step; here for its room.
     prompts: Vec<SeqId>,
     /// The sequences that decode; here for its room.
@@ -164,6 +174,7 @@ impl Scheduler {
             queue: Queue::default(),
             seats: Seats::new(limits, policy),
             budget: Budget::new(limits),
+            answers: Answers::default(),
             prompts: Vec::new(),
             decoding: Vec::new(),
             draft_us: 0,
@@ -221,6 +232,7 @@ impl Scheduler {
             }
         }
         let waiting = self.queue.admit(next);
+        self.seats.respect_hints(&waiting.job.terms, now_us);
         let admission = self.seats.seat(&waiting, &mut ops);
         Some(Admission { preempted: victims, ops, ..admission })
     }
@@ -449,6 +461,10 @@ impl Scheduler {
 
     /// The sequence is done: its seat is free and its tokens stay for reuse.
     pub fn release(&mut self, seq: SeqId) {
+        let seat = self.seats.seat_of(seq);
+        if seat.n_prompt_left() == 0 {
+            self.answers.learn(seat.n_answered());
+        }
         self.seats.release(seq);
     }
 

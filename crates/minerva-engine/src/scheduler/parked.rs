@@ -1,8 +1,13 @@
 //! Cells that were copied out to host memory: of requests that had to give their seat away, and of finished ones whose seat was
 //! needed. Only their tokens and sizes are known here; the bytes are the worker's.
 
+mod keeping;
+
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use super::job::Terms;
 use super::seats::common;
 use crate::backend::BackendLimits;
 use crate::request::TokenId;
@@ -42,6 +47,8 @@ pub(super) struct Found {
 #[derive(Debug)]
 pub(super) struct Parked {
     entries: Vec<Entry>,
+    /// On which terms that ran which left them.
+    left_by: BTreeMap<ParkId, Terms>,
     n_bytes: u64,
     limit_bytes: u64,
     limits: BackendLimits,
@@ -59,6 +66,7 @@ impl Parked {
         let works = limit_bytes > 0;
         Self {
             entries: Vec::new(),
+            left_by: BTreeMap::new(),
             n_bytes: 0,
             limit_bytes,
             limits,
@@ -151,6 +159,7 @@ impl Parked {
 
     /// Nobody goes on from there any more.
     pub(super) fn forget(&mut self, id: ParkId) {
+        self.left_by.remove(&id);
         let Some(at) = self.entries.iter().position(|entry| entry.id == id) else { return };
         self.n_bytes -= self.entries.swap_remove(at).n_bytes;
         self.dropped.push(id);

@@ -128,6 +128,25 @@ impl Queue {
         })
     }
 
+    /// All that wait in the order in which they will begin, as far as that can be told now: clients on equal terms take turns.
+    pub(super) fn in_order(&self, now_us: u64, n_running: impl Fn(ClientId) -> usize) -> Vec<&Waiting> {
+        let best = self.waiting.iter().map(|waiting| waiting.job.terms.priority).min().unwrap_or_default();
+        let client = |waiting: &Waiting| waiting.job.terms.client;
+        let own = |waiting: &Waiting| (waiting.rank(now_us, best), waiting.due_us(), waiting.order);
+        let mut order: Vec<&Waiting> = self.waiting.iter().collect();
+        order.sort_by_key(|waiting| (client(waiting), own(waiting)));
+        let turns = order.chunk_by(|a, b| client(a) == client(b)).flat_map(|own| {
+            let (id, n_before) = own.first().map_or((0, 0), |first| (client(first), n_running(client(first))));
+            let served = self.served(id);
+            own.iter().enumerate().map(move |(turn, waiting)| (n_before + turn, served, *waiting))
+        });
+        let mut order: Vec<_> = turns.collect();
+        order.sort_by_key(|(n_running, served, waiting)| {
+            (waiting.rank(now_us, best), *n_running, *served, waiting.due_us(), waiting.order)
+        });
+        order.into_iter().map(|(.., waiting)| waiting).collect()
+    }
+
     pub(super) fn at(&self, at: usize) -> &Waiting {
         &self.waiting[at]
     }

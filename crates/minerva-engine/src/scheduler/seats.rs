@@ -1,14 +1,18 @@
 //! The sequences of the cache: who sits where, what each one holds, and how many cells are promised.
 
+mod keeping;
+mod misses;
 mod places;
 mod preempt;
 mod sharing;
 
+pub use misses::Miss;
 use sharing::Source;
 
 use super::cost::Costs;
 use super::draft::Trust;
 use super::job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
+use super::lost::Lost;
 use super::parked::Parked;
 use super::queue::Waiting;
 use super::{Admission, CacheOp};
@@ -85,6 +89,16 @@ impl Seat {
         self.reserved.saturating_sub(self.tokens.len())
     }
 
+    /// Tokens of the prompt that are not computed.
+    pub(super) fn n_prompt_left(&self) -> usize {
+        self.n_prompt.saturating_sub(self.n_cells)
+    }
+
+    /// Tokens behind the prompt.
+    pub(super) fn n_answered(&self) -> usize {
+        self.tokens.len().saturating_sub(self.n_prompt)
+    }
+
     pub(super) fn terms(&self) -> &Terms {
         &self.terms
     }
@@ -119,6 +133,8 @@ pub(super) struct Seats {
     order: Vec<SeqId>,
     limits: BackendLimits,
     pub(super) parked: Parked,
+    /// What had to go.
+    lost: Lost,
     stamp: u64,
     /// Guessed tokens, and right ones.
     guesses: (u64, u64),
@@ -141,6 +157,7 @@ impl Seats {
             order: Vec::new(),
             limits,
             parked: Parked::new(limits, policy.host_cache_bytes),
+            lost: Lost::default(),
             stamp: 0,
             guesses: (0, 0),
             drafts: (0, 0),
@@ -237,6 +254,8 @@ impl Seats {
         let source = if job.reuse { self.better_source(job, kept, n_kept) } else { None };
         let parked = self.better_parked(waiting, n_kept.max(source.map_or(0, Source::n_tokens)));
         let source = source.filter(|_| parked.is_none());
+        let n_reused = parked.map_or_else(|| source.map_or(n_kept, Source::n_tokens), |found| found.n_shared);
+        let miss = self.why_computed(waiting, n_reused);
         let first = match (kept, source, parked) {
             (Some(seq), None, None) => Some(seq),
             _ => self.vacate(source.map(Source::seq), ops).or(kept),
@@ -270,12 +289,14 @@ impl Seats {
             seqs,
             n_cached: n_cached as u32,
             resumes: waiting.resume.map(|resume| resume.choice),
+            miss,
             preempted: Vec::new(),
             ops: Vec::new(),
         }
     }
 
     fn occupy(&mut self, seq: SeqId, waiting: &Waiting, choice: u32, n_keep: usize, ops: &mut Vec<CacheOp>) {
+        self.note_lost(seq, n_keep);
         self.stamp += 1;
         let stamp = self.stamp;
         let job = &waiting.job;
@@ -286,7 +307,7 @@ impl Seats {
         }
         seat.owner = Some(job.id);
         seat.choice = choice;
-        seat.terms = job.terms;
+        seat.terms = job.terms.after(&seat.terms, n_keep > 0);
         seat.reuse = job.reuse;
         seat.queued = (waiting.since_us(), waiting.order());
         seat.n_steps = 0;
@@ -327,6 +348,7 @@ impl Seats {
                 .min_by_key(|&seq| (self.is_source(seq), self.all[seq as usize].stamp));
             let Some(seq) = oldest else { return };
             self.park_finished(seq, ops);
+            self.note_lost(seq, 0);
             self.at(seq).clear();
             ops.push(CacheOp::Keep { seq, n_tokens: 0 });
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Admission, Copy, Guesses, Job, ParkId, Policy, RequestId, Scheduler, Step};
+use super::{Admission, Copy, Guesses, Job, ParkId, Place, Policy, RequestId, Scheduler, Step};
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
@@ -277,6 +277,11 @@ impl Traced {
         self.scheduler.guesses()
     }
 
+    /// Decides nothing, so it is not written down.
+    pub(crate) fn outlook(&self, now_us: u64) -> Vec<Place> {
+        self.scheduler.outlook(now_us)
+    }
+
     pub(crate) fn is_idle(&self) -> bool {
         self.scheduler.is_idle()
     }
@@ -460,12 +465,13 @@ impl Call {
         use std::fmt::Write as _;
         let _ = match self {
             Self::Admit { admission: Some(admission), .. } => {
-                let Admission { id, seqs, n_cached, resumes, preempted, .. } = admission;
+                let Admission { id, seqs, n_cached, resumes, preempted, miss, .. } = admission;
+                let why = miss.map_or_else(String::new, |miss| format!(" ({})", miss.name()));
                 let verb = if resumes.is_some() { "resumes" } else { "starts" };
                 write!(text, "request {id} {verb} in {seqs:?}").and_then(|()| match (n_cached, preempted.is_empty()) {
-                    (0, true) => writeln!(text),
-                    (_, true) => writeln!(text, " with {n_cached} tokens"),
-                    _ => writeln!(text, " with {n_cached} tokens, taken from {preempted:?}"),
+                    (0, true) => writeln!(text, "{why}"),
+                    (_, true) => writeln!(text, " with {n_cached} tokens{why}"),
+                    _ => writeln!(text, " with {n_cached} tokens{why}, taken from {preempted:?}"),
                 })
             }
             Self::Step { rows } => {

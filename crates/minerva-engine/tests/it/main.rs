@@ -10,6 +10,7 @@ mod dropping;
 mod ending;
 mod fairness;
 mod faults;
+mod hints;
 mod isolation;
 mod output;
 mod overload;

@@ -61,6 +61,7 @@ pub(crate) fn read(mut events: EventStream) -> Answer {
                 choice.text += &delta.text;
                 choice.tokens.extend(delta.tokens);
             }
+            Event::Queued { .. } | Event::Started => assert!(choices.is_empty(), "news of the queue behind a delta"),
             Event::Finished { choice, reason, stop } => {
                 let before = grow(&mut choices, choice).finished.replace((reason, stop));
                 assert_eq!(before, None, "a choice ended twice");

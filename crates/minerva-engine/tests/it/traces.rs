@@ -37,6 +37,7 @@ fn a_recorded_schedule_runs_again_as_it_ran() {
     assert_eq!(replayed.n_requests, 24);
     assert!(replayed.n_steps > 20 && replayed.text.lines().count() as u64 > replayed.n_steps, "{replayed:?}");
     assert!(replayed.text.contains("starts in ["), "{}", replayed.text);
+    assert!(replayed.text.contains(" (first)\n") && replayed.text.contains(" (diverged)\n"), "{}", replayed.text);
 }
 
 #[test]

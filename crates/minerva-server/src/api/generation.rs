@@ -45,6 +45,7 @@ pub(super) async fn answer(
     };
     for request in &mut requests {
         request.client = client;
+        request.queue_updates = delivery.queue_updates;
         if request.priority < 0 && !app.settings.allow_priority {
             let message = "`priority` must be at least 0: this server does not let requests go before others";
             return Err(ApiError::field("priority", "priority_not_allowed", message));
@@ -154,6 +155,7 @@ async fn collect(mut answer: Answer, envelope: &Envelope, has_logprobs: bool) ->
                 }
             }
             Event::Done(summary) => totals.add(&summary),
+            Event::Queued { .. } | Event::Started => {} // comments of a stream
             Event::Failed(failure) => return Err(ApiError::failed(&failure)),
         }
     }

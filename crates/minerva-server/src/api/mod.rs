@@ -3,6 +3,7 @@
 //! [`ROUTES`] is the whole surface. A test walks it to see that a key is needed everywhere but for health.
 
 mod body;
+mod cache_hints;
 mod chat;
 mod completions;
 mod constraint;

@@ -19,6 +19,8 @@ pub(crate) struct Delivery {
     pub(crate) stream: bool,
     /// `stream_options.include_usage`.
     pub(crate) include_usage: bool,
+    /// `queue_updates`: comments in the stream while the request waits.
+    pub(crate) queue_updates: bool,
     /// The field that the constraint came in, for when the engine refuses it.
     pub(crate) constraint_field: Option<&'static str>,
 }
@@ -32,14 +34,18 @@ pub(crate) fn check_model(fields: &mut Fields, app: &App, info: &ModelInfo) -> R
     Err(ApiError::unknown_model(&name, Some(&info.name)))
 }
 
-/// `stream` and `stream_options`.
+/// `stream`, `stream_options` and `queue_updates`.
 pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, ApiError> {
     let stream = fields.bool("stream")?.unwrap_or(false);
     let include_usage = match fields.take("stream_options") {
         None => false,
         Some(json) => Fields::nested(json, "stream_options")?.bool("include_usage")?.unwrap_or(false),
     };
-    Ok(Delivery { stream, include_usage, constraint_field: None })
+    let queue_updates = fields.bool("queue_updates")?.unwrap_or(false);
+    if queue_updates && !stream {
+        return Err(ApiError::field("queue_updates", "invalid_value", "`queue_updates` needs `stream` to be true"));
+    }
+    Ok(Delivery { stream, include_usage, queue_updates, constraint_field: None })
 }
 
 /// A request for `info`'s model with everything but the prompt and `logprobs` filled in.
@@ -61,6 +67,8 @@ pub(crate) fn request(fields: &mut Fields, info: &ModelInfo) -> Result<Request, 
         ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
         sampling: super::sampling::params(fields)?,
         cache_prompt: fields.bool("cache_prompt")?.unwrap_or(true),
+        cache_key: fields.string("prompt_cache_key")?,
+        keep_ms: super::cache_hints::keep_ms(fields)?,
         speculate: fields.bool("speculate")?.unwrap_or(true),
         priority: fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.map_or(0, |priority| priority as i32),
         deadline_ms: fields.count("deadline_ms", 1, u32::MAX)?.map(u64::from),

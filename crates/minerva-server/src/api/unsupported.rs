@@ -51,7 +51,6 @@ const FIELDS: &[(&str, Neutral)] = &[
     ("metadata", Neutral::Anything),
     ("parallel_tool_calls", Neutral::Anything),
     ("prediction", Neutral::Empty),
-    ("prompt_cache_key", Neutral::Anything),
     ("reasoning_effort", Neutral::OneOf(&["none"])),
     ("safety_identifier", Neutral::Anything),
     ("service_tier", Neutral::OneOf(&["auto", "default"])),

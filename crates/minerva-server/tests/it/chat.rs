@@ -1,6 +1,7 @@
 //! POST /v1/chat/completions, whole answers.
 
 use expect_test::expect;
+use minerva_engine::SimConfig;
 use serde_json::{Value as Json, json};
 
 use crate::server::{sim, start, start_with};
@@ -218,6 +219,34 @@ async fn stop_token_ids_and_min_tokens_move_the_end_of_chats_and_completions() {
     let texts = server.complete(&fields).await.json();
     for choice in texts["choices"].as_array().unwrap() {
         assert!(choice["text"].as_str().unwrap().len() >= 12, "{texts}");
+    }
+}
+
+#[tokio::test]
+async fn a_hint_keeps_a_prompt_while_others_need_a_place() {
+    let part = json!([{"type": "text", "text": "A long text that is asked about more than once.",
+        "cache_control": {"type": "ephemeral"}}]);
+    let ephemeral = json!({"type": "ephemeral", "ttl": "1h"});
+    for (hinted, is_kept) in [
+        (json!({}), false),
+        (json!({"prompt_cache_key": "document 7"}), true),
+        (json!({"cache_control": ephemeral}), true),
+        (json!({"messages": [{"role": "user", "content": part}]}), true),
+        (json!({"messages": [{"role": "user", "content": part[0]["text"], "cache_control": ephemeral}]}), true),
+    ] {
+        let server = start_with(SimConfig { n_seq_max: 2, host_cache_bytes: 0, ..sim() }, |_| {}).await;
+        let plain = json!({"messages": [{"role": "user", "content": part[0]["text"]}], "max_tokens": 1});
+        let mut first = plain.clone();
+        first.as_object_mut().unwrap().extend(hinted.as_object().unwrap().clone());
+        assert_eq!(server.chat(&first).await.status, 200, "{first}");
+        for other in ["one", "two", "three"] {
+            let prompt = format!("{other} of three other texts, none of which begins like it");
+            server.complete(&json!({"prompt": prompt, "max_tokens": 1})).await;
+        }
+        let usage = server.chat(&plain).await.json()["usage"].clone();
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+        let whole = usage["prompt_tokens"].as_u64().unwrap() - 1;
+        assert_eq!(cached, if is_kept { whole } else { 0 }, "{hinted}");
     }
 }
 

@@ -64,16 +64,6 @@ async fn a_wrong_field_is_a_400_that_names_it() {
         (chat(json!({"stop": ""})), "invalid_value", "stop"),
         (chat(json!({"stop": vec!["a"; 17]})), "invalid_value", "stop"),
         (chat(json!({"stop": "a".repeat(2000)})), "invalid_value", "stop"),
-        (chat(json!({"stop_token_ids": 5})), "invalid_type", "stop_token_ids"),
-        (chat(json!({"stop_token_ids": ["5"]})), "invalid_type", "stop_token_ids"),
-        (chat(json!({"stop_token_ids": [1.5]})), "invalid_type", "stop_token_ids"),
-        (chat(json!({"stop_token_ids": [-1]})), "invalid_value", "stop_token_ids"),
-        (chat(json!({"stop_token_ids": [259]})), "invalid_value", "stop_token_ids"),
-        (chat(json!({"stop_token_ids": [1_u64 << 40]})), "invalid_value", "stop_token_ids"),
-        (chat(json!({"stop_token_ids": vec![1; 257]})), "invalid_value", "stop_token_ids"),
-        (chat(json!({"min_tokens": -1})), "invalid_value", "min_tokens"),
-        (chat(json!({"min_tokens": "5"})), "invalid_type", "min_tokens"),
-        (chat(json!({"min_tokens": 6, "max_tokens": 5})), "invalid_value", "min_tokens"),
         (text(json!({"prompt": []})), "invalid_value", "prompt"),
         (text(json!({"prompt": ""})), "invalid_value", "prompt"),
         (text(json!({"prompt": [104, -1]})), "invalid_value", "prompt"),
@@ -99,6 +89,56 @@ async fn a_wrong_field_is_a_400_that_names_it() {
         (text(json!({"echo": true})), "unsupported_parameter", "echo"),
         (text(json!({"suffix": "x"})), "unsupported_parameter", "suffix"),
         (text(json!({"best_of": 3})), "unsupported_parameter", "best_of"),
+    ] {
+        let reply = server.post(path, &request).await;
+        assert_eq!(reply.error(), (400, code.to_owned(), Some(param.to_owned())), "{request} {}", reply.text());
+    }
+    server.assert_serves().await;
+}
+
+#[tokio::test]
+async fn a_wrong_field_about_ends_hints_or_the_queue_is_a_400_that_names_it() {
+    let server = start().await;
+    let user = json!([{"role": "user", "content": "hi"}]);
+    let with = |mut request: Json, fields: Json| {
+        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        request
+    };
+    let chat = |fields: Json| (CHAT, with(json!({"messages": user}), fields));
+    let text = |fields: Json| (TEXT, with(json!({"prompt": "hi"}), fields));
+    let messages = |messages: Json| (CHAT, json!({"messages": messages}));
+    for ((path, request), code, param) in [
+        (chat(json!({"stop_token_ids": 5})), "invalid_type", "stop_token_ids"),
+        (chat(json!({"stop_token_ids": ["5"]})), "invalid_type", "stop_token_ids"),
+        (chat(json!({"stop_token_ids": [1.5]})), "invalid_type", "stop_token_ids"),
+        (chat(json!({"stop_token_ids": [-1]})), "invalid_value", "stop_token_ids"),
+        (chat(json!({"stop_token_ids": [259]})), "invalid_value", "stop_token_ids"),
+        (chat(json!({"stop_token_ids": [1_u64 << 40]})), "invalid_value", "stop_token_ids"),
+        (chat(json!({"stop_token_ids": vec![1; 257]})), "invalid_value", "stop_token_ids"),
+        (chat(json!({"prompt_cache_key": 5})), "invalid_type", "prompt_cache_key"),
+        (chat(json!({"prompt_cache_key": "k".repeat(513)})), "invalid_value", "prompt_cache_key"),
+        (chat(json!({"cache_control": "ephemeral"})), "invalid_type", "cache_control"),
+        (chat(json!({"cache_control": {}})), "missing_required_parameter", "cache_control.type"),
+        (text(json!({"cache_control": {"type": "forever"}})), "invalid_value", "cache_control.type"),
+        (chat(json!({"cache_control": {"type": "ephemeral", "ttl": "1d"}})), "invalid_value", "cache_control.ttl"),
+        (chat(json!({"cache_control": {"type": "ephemeral", "ttl": 5}})), "invalid_type", "cache_control.ttl"),
+        (
+            messages(json!([{"role": "user", "content": "hi", "cache_control": {"type": 1}}])),
+            "invalid_type",
+            "messages[0].cache_control.type",
+        ),
+        (
+            messages(
+                json!([{"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "x"}}]}]),
+            ),
+            "invalid_value",
+            "messages[0].content[0].cache_control.type",
+        ),
+        (chat(json!({"queue_updates": true})), "invalid_value", "queue_updates"),
+        (chat(json!({"queue_updates": 1, "stream": true})), "invalid_type", "queue_updates"),
+        (chat(json!({"min_tokens": -1})), "invalid_value", "min_tokens"),
+        (chat(json!({"min_tokens": "5"})), "invalid_type", "min_tokens"),
+        (chat(json!({"min_tokens": 6, "max_tokens": 5})), "invalid_value", "min_tokens"),
     ] {
         let reply = server.post(path, &request).await;
         assert_eq!(reply.error(), (400, code.to_owned(), Some(param.to_owned())), "{request} {}", reply.text());

@@ -145,6 +145,9 @@ async fn metrics_count_what_happened() {
         ("minerva_requests_running", 0.0),
         ("minerva_requests_queued", 0.0),
         ("minerva_kv_cells_used", 0.0),
+        // "hello" is too short to be the beginning of anything.
+        ("minerva_prefix_cache_misses_total{reason=\"first\"}", 2.0),
+        ("minerva_prefix_cache_misses_total{reason=\"evicted\"}", 0.0),
         ("minerva_ready", 1.0),
         ("minerva_model_info{model=\"sim\",device=\"Cpu\"}", 1.0),
     ] {

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 
 use crate::chat::hello;
 use crate::client::{self, Reply};
-use crate::server::{TestServer, ms, sim, start, start_with, within};
+use crate::server::{TestServer, eventually, ms, sim, start, start_with, within};
 
 /// A transcript without what differs from run to run.
 fn stable(text: &str) -> String {
@@ -123,6 +123,37 @@ async fn headers_come_at_once_and_comments_while_there_is_nothing_to_say() {
         pings += usize::from(chunk == b": ping\n\n");
     }
     assert!(pings >= 3, "{pings}");
+}
+
+#[tokio::test]
+async fn comments_tell_who_waits_where_it_is_and_when_it_begins() {
+    let slow = SimConfig { n_seq_max: 1, step_us: 5_000, ..sim() };
+    let server = start_with(slow, |_| {}).await;
+    let body = json!({"prompt": "hello", "max_tokens": 100, "stream": true}).to_string();
+    let _busy = client::send(server.address, &client::post_bytes(TEXT, "", body.as_bytes())).await;
+    eventually("it runs", || server.engine.stats().requests_running == 1).await;
+    let request = json!({"prompt": ["one", "two"], "max_tokens": 5, "temperature": 0});
+    let reply = within(10, stream(&server, TEXT, request.clone(), json!({"queue_updates": true}))).await;
+    let text = reply.text();
+    let comments: Vec<&str> = text.split("\n\n").filter(|event| event.starts_with(':')).collect();
+    let place =
+        |prompt: usize| comments.iter().find(|text| text.starts_with(&format!(": queue prompt={prompt} position=")));
+    assert!(place(0).unwrap().starts_with(": queue prompt=0 position=1"), "{comments:?}");
+    assert!(place(1).unwrap().starts_with(": queue prompt=1 position=2"), "{comments:?}");
+    let (_, estimate) = place(1).unwrap().split_once(" estimate_ms=").expect("steps were computed before");
+    assert!((1..60_000).contains(&estimate.parse::<u64>().unwrap()), "{estimate}");
+    for started in [": started prompt=0", ": started prompt=1"] {
+        assert_eq!(comments.iter().filter(|text| **text == started).count(), 1, "{comments:?}");
+    }
+    // Without the comments it is the stream that everybody gets.
+    let plain = stream(&server, TEXT, request, json!({})).await;
+    assert!(!plain.text().contains(": queue") && !plain.text().contains(": started"));
+    let texts = |reply: &Reply| -> Vec<Json> {
+        let mut choices: Vec<Json> = reply.events().iter().map(|event| event["choices"][0].clone()).collect();
+        choices.sort_by_key(|choice| choice["index"].as_u64());
+        choices
+    };
+    assert_eq!(texts(&reply), texts(&plain));
 }
 
 #[tokio::test]

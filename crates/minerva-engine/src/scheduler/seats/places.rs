@@ -35,6 +35,7 @@ impl Seats {
         }
         ops.push(CacheOp::Move { src: wanted, dst: oldest, n_tokens: n_cells as u32 });
         ops.push(CacheOp::Keep { seq: wanted, n_tokens: 0 });
+        self.note_lost(oldest, 0);
         let seat = self.at(wanted);
         let (tokens, terms, stamp) = (std::mem::take(&mut seat.tokens), seat.terms, seat.stamp);
         seat.clear();

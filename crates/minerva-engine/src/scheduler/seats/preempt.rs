@@ -50,6 +50,9 @@ impl Seats {
         let (since_us, order) = seat.queued;
         let parked = self.parked.park(&seat.tokens[..seat.n_cells], seat.terms.namespace, true);
         ops.extend(parked.map(|at| CacheOp::Park { seq, at, n_tokens: seat.n_cells() }));
+        if let Some(at) = parked {
+            self.parked.note(at, &seat.terms);
+        }
         let max_tokens = seat.reserved.saturating_sub(seat.tokens.len()) as u32;
         let job = Job {
             id,
@@ -103,5 +106,8 @@ impl Seats {
         }
         let parked = self.parked.park(tokens, namespace, false);
         ops.extend(parked.map(|at| CacheOp::Park { seq, at, n_tokens: seat.n_cells() }));
+        if let Some(at) = parked {
+            self.parked.note(at, &seat.terms);
+        }
     }
 }

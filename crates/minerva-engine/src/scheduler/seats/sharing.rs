@@ -43,7 +43,7 @@ impl Seat {
 impl Seats {
     /// The fewest tokens that are worth a copy. Without a pool llama.cpp copies the whole stream, whose length bounds what that
     /// takes: 8,192 cells of a 7B model are 4 GiB, a third of a second on a CPU that computes 64 tokens in several.
-    fn least_shared(&self) -> usize {
+    pub(super) fn least_shared(&self) -> usize {
         (self.limits.n_cells_per_seq as usize / 128).clamp(4, 64)
     }
 

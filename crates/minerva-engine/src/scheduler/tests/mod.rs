@@ -8,6 +8,8 @@ mod admit;
 mod fairness;
 mod forks;
 mod guesses;
+mod hints;
+mod outlook;
 mod places;
 mod random;
 mod replay;
@@ -20,7 +22,7 @@ use std::ops::Range;
 
 use replay::Replay;
 
-use super::{ClientId, Job, RequestId, Terms};
+use super::{ClientId, Job, Keep, RequestId, Terms};
 use crate::backend::BackendLimits;
 use crate::request::TokenId;
 

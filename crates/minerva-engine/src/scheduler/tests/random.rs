@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::replay::{Fault, Replay};
-use super::{Script, Terms, limits, pool};
+use super::{Keep, Script, Terms, limits, pool};
 use crate::backend::BackendLimits;
 use crate::scheduler::{DraftLimits, Policy};
 
@@ -21,10 +21,12 @@ prop_compose! {
         client in 0_u64..3,
         (period, forces) in (prop::option::of(1_usize..5), any::<bool>()),
         priority in prop::sample::select(vec![0_i32, 0, 0, -1, 2]),
+        (key, keep_ms) in (prop::option::of(0_u64..3), prop::option::of(1_u64..60)),
         cancelled_after in prop::option::weighted(0.3, 0_usize..12),
     ) -> Script {
         let cancelled_at = cancelled_after.map(|ticks| at_tick + ticks);
-        let terms = Terms { client, priority, namespace: client % 2, ..Terms::default() };
+        let keep = Keep::new(key, keep_ms, at_tick as u64 * 1000);
+        let terms = Terms { client, priority, namespace: client % 2, keep, ..Terms::default() };
         let script =
             Script { id: 0, at_tick, prompt: Vec::new(), n, n_generate, n_spare, reuse, period, guess: true,
             forces, terms, cancelled_at };

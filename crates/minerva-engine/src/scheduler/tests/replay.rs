@@ -6,7 +6,7 @@ use super::Script;
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
-use crate::scheduler::{CacheOp, Copy, ParkId, Policy, RequestId, Scheduler, Step};
+use crate::scheduler::{CacheOp, Copy, Keep, Miss, ParkId, Policy, RequestId, Scheduler, Step, Terms};
 
 /// A request that waits or runs.
 #[derive(Debug)]
@@ -59,6 +59,8 @@ pub(super) struct Replay {
     /// It fails in this tick.
     pub(super) draft_fails_at: Option<usize>,
     pub(super) n_drafted: usize,
+    /// Why each prompt was computed when it was admitted last.
+    pub(super) misses: BTreeMap<RequestId, Option<Miss>>,
     tick: usize,
     line: String,
     pub(super) trace: String,
@@ -87,6 +89,7 @@ impl Replay {
             us_per_draft: 50,
             draft_fails_at: None,
             n_drafted: 0,
+            misses: BTreeMap::new(),
             tick: 0,
             line: String::new(),
             trace: String::new(),
@@ -231,8 +234,14 @@ impl Replay {
     }
 
     fn admit(&mut self) {
-        while let Some(admission) = self.scheduler.admit(self.now_us()) {
+        loop {
+            let first = self.scheduler.outlook(self.now_us()).into_iter().next();
+            let Some(admission) = self.scheduler.admit(self.now_us()) else { return };
             let id = admission.id;
+            if admission.resumes.is_none() {
+                assert_eq!(first.map(|place| (place.id, place.position)), Some((id, 1)), "it was told another place");
+            }
+            self.misses.insert(id, admission.miss);
             for seq in admission.preempted {
                 self.note(&format!("{} yields", self.name(seq)));
                 let owner = self.owners[seq as usize].take().expect("it ran");
@@ -277,8 +286,8 @@ impl Replay {
 
     /// First come, first served, among requests on the same terms.
     fn nobody_was_overtaken_by(&mut self, id: RequestId) {
-        let terms = self.live[&id].script.terms;
-        let first = self.queue.iter().copied().find(|waiting| self.live[waiting].script.terms == terms);
+        let terms = |id: &RequestId| Terms { keep: Keep::default(), ..self.live[id].script.terms };
+        let first = self.queue.iter().copied().find(|waiting| terms(waiting) == terms(&id));
         assert_eq!(first, Some(id), "{} overtook", letter(id));
         self.queue.retain(|&waiting| waiting != id);
     }
