@@ -37,6 +37,18 @@ pub trait Backend: Send {
 
     /// Makes `seq` hold what was saved, and nothing else. `false` when it cannot be; `seq` is then empty.
     fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool;
+
+    /// What [`rewind`](Self::rewind) needs to come back to this place once `seq` has gone on: of memory that cannot be cut the part that
+    /// does not stay in the cells. `None` when it cannot be copied out or memory is missing. Only asked of memory that cannot be cut.
+    fn save_part(&mut self, _seq: SeqId) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Makes `seq`, whose first `n_tokens` cells are those of the sequence that `state` was taken of by
+    /// [`save_part`](Self::save_part) at that length, hold these tokens and no more. `false` when it cannot be; `seq` is then empty.
+    fn rewind(&mut self, _seq: SeqId, _state: &[u8], _n_tokens: u32) -> bool {
+        false
+    }
 }
 
 /// The sizes of a backend.
@@ -58,6 +70,16 @@ pub struct BackendLimits {
     pub state_bytes: u64,
     /// Whether the beginning of a sequence can be copied after the sequence has gone on.
     pub keeps_beginnings: bool,
+    /// What each of the last [`n_window_tokens`](Self::n_window_tokens) cells adds to that, and to a checkpoint, in bytes.
+    #[serde(default)]
+    pub window_cell_bytes: u64,
+    /// Tokens that layers with a window look back, where they keep no more; shorter sequences can be cut. 0 without such layers, and
+    /// with recurrent ones beside them.
+    #[serde(default)]
+    pub n_window_tokens: u32,
+    /// Whether a checkpoint is of use only where the cells of the same tokens are: not where a state is all that there is.
+    #[serde(default)]
+    pub checkpoints_need_cells: bool,
     /// The most rows of one step.
     pub n_batch: u32,
     /// The most rows that the device computes at once.

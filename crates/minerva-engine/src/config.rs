@@ -69,6 +69,9 @@ pub struct EngineConfig {
     /// Host memory for what sequences held when they had to give their cells away, in bytes; 0 for none. `None` is a sixteenth
     /// of the host's memory, at most 8 GiB and a quarter of what the model leaves free.
     pub host_cache_bytes: Option<u64>,
+    /// The most checkpoints of one text in that memory, where a sequence's memory cannot be cut (recurrent, hybrid and windowed models);
+    /// 0 for none.
+    pub max_checkpoints: u32,
     /// A file for what is asked of the scheduler and what it answers, without any token of a prompt or answer; `cargo xtask replay`
     /// runs it again.
     pub trace_path: Option<PathBuf>,
@@ -116,6 +119,7 @@ impl Default for EngineConfig {
             max_queued_tokens: 1 << 20,
             max_itl_ms: None,
             host_cache_bytes: None,
+            max_checkpoints: 32,
             trace_path: None,
             speculation: Speculation::Auto,
             draft: None,

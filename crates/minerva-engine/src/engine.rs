@@ -146,7 +146,7 @@ impl Engine {
         Self::start(loaded, info, serving).expect("the system can start a thread")
     }
 
-    fn start(loaded: Loaded, info: ModelInfo, serving: Serving) -> Result<Self, LoadError> {
+    pub(crate) fn start(loaded: Loaded, info: ModelInfo, serving: Serving) -> Result<Self, LoadError> {
         let limits = loaded.backend.limits();
         let shared = Arc::new(Shared::new(u64::from(limits.n_cells), u64::from(limits.n_seq_max)));
         let tokenizer = Arc::clone(&loaded.tokenizer);

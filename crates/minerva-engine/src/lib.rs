@@ -24,6 +24,7 @@ mod status;
 mod stream;
 
 mod breakers;
+mod checkpoints;
 mod constrain;
 mod ends;
 mod generation;
@@ -62,7 +63,7 @@ pub use request::{ChatMessage, MAX_CACHE_KEY_BYTES, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
 pub use scheduler::Miss;
 pub use serving::{CacheIsolation, Speculation};
-pub use sim::{SimConfig, SimDraft};
+pub use sim::{SimConfig, SimDraft, SimMemory};
 pub use status::{BuildInfo, DeviceMemory, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement, PrefixMisses};
 pub use stream::EventStream;
 pub use timing::{TIMING_BOUNDS_US, TimingStats};

@@ -73,6 +73,7 @@ impl Serving {
                 max_itl_us: config.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
                 guess: config.speculation.looks_up(),
                 draft: config.draft.as_ref().filter(|_| has_drafter).map(DraftConfig::limits),
+                max_checkpoints: config.max_checkpoints,
                 host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),
             },
             isolation: config.cache_isolation,

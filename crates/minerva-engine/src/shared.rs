@@ -21,6 +21,7 @@ pub(crate) struct Shared {
     cells_cached: AtomicU64,
     parked_bytes: AtomicU64,
     draft_cells: AtomicU64,
+    checkpoint_bytes: AtomicU64,
     totals: Totals,
     /// Time inside the samplers of all choices, in nanoseconds: a token takes less than a microsecond with some parameters.
     sampler_ns: AtomicU64,
@@ -54,6 +55,8 @@ struct Totals {
     failed_drafts: AtomicU64,
     preempted: AtomicU64,
     restored_tokens: AtomicU64,
+    checkpoints_taken: AtomicU64,
+    checkpoints_restored: AtomicU64,
 }
 
 /// How many requests and prompt tokens may wait.
@@ -77,6 +80,7 @@ impl Shared {
             cells_cached: AtomicU64::default(),
             parked_bytes: AtomicU64::default(),
             draft_cells: AtomicU64::default(),
+            checkpoint_bytes: AtomicU64::default(),
             totals: Totals::default(),
             sampler_ns: AtomicU64::default(),
             request_us: AtomicU64::default(),
@@ -115,6 +119,9 @@ impl Shared {
             prefix_misses: PrefixMisses::new(|miss| self.misses[miss as usize].load(Relaxed)),
             sampler_us_total: self.sampler_ns.load(Relaxed) / 1_000,
             host_cache_bytes: self.parked_bytes.load(Relaxed),
+            checkpoints_taken_total: totals.checkpoints_taken.load(Relaxed),
+            checkpoints_restored_total: totals.checkpoints_restored.load(Relaxed),
+            checkpoint_bytes: self.checkpoint_bytes.load(Relaxed),
         }
     }
 
@@ -267,9 +274,18 @@ impl Shared {
         self.totals.restored_tokens.fetch_add(n_tokens, Relaxed);
     }
 
-    /// Bytes of host memory that hold copies of sequences.
-    pub(crate) fn publish_parked(&self, bytes: u64) {
+    pub(crate) fn count_checkpoint_taken(&self) {
+        self.totals.checkpoints_taken.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_checkpoints_restored(&self, n: u64) {
+        self.totals.checkpoints_restored.fetch_add(n, Relaxed);
+    }
+
+    /// Bytes of host memory that hold copies of sequences, and of checkpoints among them.
+    pub(crate) fn publish_parked(&self, bytes: u64, checkpoint_bytes: u64) {
         self.parked_bytes.store(bytes, Relaxed);
+        self.checkpoint_bytes.store(checkpoint_bytes, Relaxed);
     }
 
     pub(crate) fn count_failed_step(&self) {

@@ -28,6 +28,23 @@ const ANSWER: TokenId = 258;
 
 const N_VOCAB: usize = 259;
 
+/// What a sequence's memory is, and so where it can be cut.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SimMemory {
+    /// Cells: anywhere.
+    #[default]
+    Cells,
+    /// A state and nothing else, as Mamba has: nowhere.
+    Recurrent,
+    /// Cells and a state, as Jamba and Qwen3-Next have: nowhere, but the cells stay and a checkpoint holds only the state.
+    Hybrid,
+    /// Cells, some of which are kept only for so many tokens, as of Gemma: where nothing was dropped yet, or with a checkpoint.
+    Window(u32),
+}
+
+/// Bytes of the simulator's recurrent state in [`BackendLimits`].
+const STATE_BYTES: u64 = 64;
+
 /// How the simulator behaves.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SimConfig {
@@ -52,7 +69,9 @@ pub struct SimConfig {
     /// How far the scores of all tokens are spread by chance, fixed for each sequence of tokens. At 0 one token is far likelier
     /// than the others, which are all alike.
     pub spread: f32,
-    /// Cuts of a sequence fail, as with recurrent memory.
+    /// What a sequence's memory is.
+    pub memory: SimMemory,
+    /// Cuts of a sequence fail though the backend did not say so.
     pub cannot_cut: bool,
     /// Every so many steps one fails, with its cells half written.
     pub fail_every_steps: Option<u64>,
@@ -64,6 +83,8 @@ pub struct SimConfig {
     pub max_itl_ms: Option<u64>,
     /// Host memory for what sequences held when they had to give their cells away, in bytes.
     pub host_cache_bytes: u64,
+    /// The most checkpoints of one text, where memory cannot be cut.
+    pub max_checkpoints: u32,
     /// How the next tokens of a sequence are guessed.
     pub speculation: Speculation,
     /// A draft model beside it.
@@ -112,6 +133,7 @@ impl SimConfig {
                     .filter(|_| self.speculation.drafts())
                     .map(|draft| DraftLimits { max_tokens: draft.max_tokens, min_tokens: draft.min_tokens }),
                 host_cache_bytes: self.host_cache_bytes,
+                max_checkpoints: self.max_checkpoints,
             },
             isolation: self.cache_isolation,
             trace_path: self.trace_path.clone(),
@@ -132,12 +154,14 @@ impl Default for SimConfig {
             us_per_token: 0,
             answer_tokens: 32,
             spread: 0.0,
+            memory: SimMemory::Cells,
             cannot_cut: false,
             fail_every_steps: None,
             max_queued_requests: 256,
             max_queued_tokens: 1 << 20,
             max_itl_ms: None,
             host_cache_bytes: 1 << 20,
+            max_checkpoints: 32,
             speculation: Speculation::Auto,
             draft: None,
             period_tokens: None,
@@ -222,12 +246,33 @@ impl Tokenizer for SimTokenizer {
 }
 
 /// What one sequence holds.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct SimSeq {
     tokens: Vec<TokenId>,
+    /// What the part has seen that cannot be cut: of recurrent memory all tokens, of a window the last ones.
+    part: Vec<TokenId>,
 }
 
 impl SimSeq {
+    fn push(&mut self, token: TokenId, memory: SimMemory) {
+        assert!(self.tokens.ends_with(&self.part), "the state is that of another text");
+        self.tokens.push(token);
+        match memory {
+            SimMemory::Cells => {}
+            SimMemory::Recurrent | SimMemory::Hybrid => self.part.push(token),
+            SimMemory::Window(n) => {
+                self.part.push(token);
+                let n_over = self.part.len().saturating_sub(n as usize);
+                self.part.drain(..n_over);
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.tokens.clear();
+        self.part.clear();
+    }
+
     /// The likeliest next token: letters, digits and blanks that depend on everything before.
     fn next(&self, answer_tokens: u32, period_tokens: Option<u32>) -> TokenId {
         let since_answer = self.tokens.iter().rev().position(|&token| token == ANSWER);
@@ -291,6 +336,10 @@ impl SimBackend {
         let seqs = (0..config.n_seq_max).map(|_| SimSeq::default()).collect();
         Self { config, seqs, rows: Vec::new(), n_steps: 0, quality: 1.0 }
     }
+
+    fn n_window(&self) -> u32 {
+        if let SimMemory::Window(n) = self.config.memory { n } else { 0 }
+    }
 }
 
 impl Backend for SimBackend {
@@ -303,9 +352,15 @@ impl Backend for SimBackend {
             n_cells,
             unified: config.unified,
             stream_bytes: 0,
-            cell_bytes: size_of::<TokenId>() as u64,
-            state_bytes: 0,
-            keeps_beginnings: true, // or says that it cannot, when it is asked to: `cannot_cut`
+            cell_bytes: if config.memory == SimMemory::Recurrent { 0 } else { size_of::<TokenId>() as u64 },
+            state_bytes: match config.memory {
+                SimMemory::Recurrent | SimMemory::Hybrid => STATE_BYTES,
+                SimMemory::Cells | SimMemory::Window(_) => 0,
+            },
+            keeps_beginnings: config.memory == SimMemory::Cells, // or says that it cannot, when it is asked to: `cannot_cut`
+            window_cell_bytes: if self.n_window() > 0 { size_of::<TokenId>() as u64 } else { 0 },
+            n_window_tokens: self.n_window(),
+            checkpoints_need_cells: matches!(config.memory, SimMemory::Hybrid | SimMemory::Window(_)),
             n_batch: config.n_batch,
             n_ubatch: config.n_batch,
             n_vocab: N_VOCAB,
@@ -324,7 +379,7 @@ impl Backend for SimBackend {
             let seq = &mut self.seqs[row.seq as usize];
             assert_eq!(seq.tokens.len(), row.pos as usize, "sequence {} has a gap", row.seq);
             assert!(row.pos < self.config.context_length_tokens, "sequence {} is too long", row.seq);
-            seq.tokens.push(row.token);
+            seq.push(row.token, self.config.memory);
             self.rows.push(row.output.then(|| seq.logits(&self.config, self.quality)));
         }
         let held: usize = self.seqs.iter().map(|seq| seq.tokens.len()).sum();
@@ -340,26 +395,69 @@ impl Backend for SimBackend {
     }
 
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
-        let tokens = &mut self.seqs[seq as usize].tokens;
-        let cut = !self.config.cannot_cut || n_tokens == 0 || n_tokens as usize == tokens.len();
-        tokens.truncate(if cut { n_tokens as usize } else { 0 });
-        cut
+        let n_window = self.n_window() as usize;
+        let held = &mut self.seqs[seq as usize];
+        let (n, n_held) = (n_tokens as usize, held.tokens.len());
+        let is_cuttable = match self.config.memory {
+            SimMemory::Cells => !self.config.cannot_cut,
+            SimMemory::Recurrent | SimMemory::Hybrid => false,
+            SimMemory::Window(_) => n_held <= n_window,
+        };
+        if n == n_held {
+            return true;
+        }
+        if n == 0 || !is_cuttable {
+            held.clear();
+            return n == 0;
+        }
+        held.tokens.truncate(n);
+        held.part.truncate(n);
+        true
     }
 
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool {
         assert_ne!(src, dst, "a copy onto itself");
-        self.seqs[dst as usize].tokens = self.seqs[src as usize].tokens.clone();
+        self.seqs[dst as usize] = self.seqs[src as usize].clone();
         self.truncate(dst, n_tokens)
     }
 
     fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
-        Some(self.seqs[seq as usize].tokens.iter().flat_map(|token| token.to_le_bytes()).collect())
+        Some(bytes_of(&self.seqs[seq as usize].tokens))
     }
 
     fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
-        let (tokens, rest) = state.as_chunks();
-        assert!(rest.is_empty(), "a state of {} bytes", state.len());
-        self.seqs[seq as usize].tokens = tokens.iter().map(|&bytes| TokenId::from_le_bytes(bytes)).collect();
+        let memory = self.config.memory;
+        let held = &mut self.seqs[seq as usize];
+        held.clear();
+        for token in tokens_of(state) {
+            held.push(token, memory);
+        }
         true
     }
+
+    fn save_part(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+        Some(bytes_of(&self.seqs[seq as usize].part))
+    }
+
+    fn rewind(&mut self, seq: SeqId, state: &[u8], n_tokens: u32) -> bool {
+        let n_window = self.n_window();
+        let held = &mut self.seqs[seq as usize];
+        assert!(held.tokens.len() >= n_tokens as usize, "a checkpoint after the end of sequence {seq}");
+        held.tokens.truncate(n_tokens as usize);
+        held.part = tokens_of(state);
+        let n_part = if n_window > 0 { n_tokens.min(n_window) } else { n_tokens };
+        assert_eq!(held.part.len(), n_part as usize, "a checkpoint of another length");
+        assert!(held.tokens.ends_with(&held.part), "a checkpoint of another text");
+        true
+    }
+}
+
+fn bytes_of(tokens: &[TokenId]) -> Vec<u8> {
+    tokens.iter().flat_map(|token| token.to_le_bytes()).collect()
+}
+
+fn tokens_of(state: &[u8]) -> Vec<TokenId> {
+    let (tokens, rest) = state.as_chunks();
+    assert!(rest.is_empty(), "a state of {} bytes", state.len());
+    tokens.iter().map(|&bytes| TokenId::from_le_bytes(bytes)).collect()
 }

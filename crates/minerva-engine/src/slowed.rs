@@ -53,6 +53,14 @@ impl Backend for Slowed {
     fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
         self.inner.restore(seq, state)
     }
+
+    fn save_part(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+        self.inner.save_part(seq)
+    }
+
+    fn rewind(&mut self, seq: SeqId, state: &[u8], n_tokens: u32) -> bool {
+        self.inner.rewind(seq, state, n_tokens)
+    }
 }
 
 #[cfg(test)]
@@ -76,6 +84,9 @@ mod tests {
                 cell_bytes: 1,
                 state_bytes: 0,
                 keeps_beginnings: true,
+                window_cell_bytes: 0,
+                n_window_tokens: 0,
+                checkpoints_need_cells: false,
                 n_batch: 8,
                 n_ubatch: 8,
                 n_vocab: 2,

@@ -168,6 +168,12 @@ pub struct EngineStats {
     pub sampler_us_total: u64,
     /// Host memory that holds copies of sequences, in bytes.
     pub host_cache_bytes: u64,
+    /// Checkpoints of sequences that were taken, where memory cannot be cut.
+    pub checkpoints_taken_total: u64,
+    /// Checkpoints that a prompt went on from.
+    pub checkpoints_restored_total: u64,
+    /// Host memory that holds checkpoints, in bytes; part of [`host_cache_bytes`](Self::host_cache_bytes).
+    pub checkpoint_bytes: u64,
 }
 
 /// Requests whose prompt was computed, by the reason: see [`Miss`].

@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
+use crate::checkpoints::Checkpoints;
 use crate::drafter::{Drafter, Wish};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
@@ -16,7 +17,7 @@ use crate::parking::Parking;
 use crate::queue_watch::QueueWatch;
 use crate::request::TokenId;
 use crate::sampling_pool::{self, SamplingPool};
-use crate::scheduler::{Admission, CacheOp, Copy, Job, Keep, Place, RequestId, Step, Terms, Traced};
+use crate::scheduler::{Admission, CacheOp, Copy, Job, Keep, ParkId, Place, RequestId, Rewind, Step, Terms, Traced};
 use crate::serving::Serving;
 use crate::shared::Shared;
 
@@ -45,6 +46,7 @@ pub(crate) struct Worker {
     drafter: Option<Box<dyn Drafter>>,
     /// What is wanted of it; here for its room.
     wishes: Vec<Wish>,
+    checkpoints: Checkpoints,
     pub(crate) pool: SamplingPool,
     /// Turns the keys of hints into numbers; another one in each engine, so that a trace tells nothing of them.
     keys: RandomState,
@@ -69,6 +71,7 @@ impl Worker {
             parking: Parking::default(),
             drafter: loaded.drafter,
             wishes: Vec::new(),
+            checkpoints: Checkpoints::new(limits.checkpoints_need_cells),
             pool: SamplingPool::default(),
             keys: RandomState::new(),
             watch: QueueWatch::default(),
@@ -169,7 +172,13 @@ impl Worker {
         for seq in generation.running_seqs() {
             self.release(seq);
         }
-        self.parking.drop_all(self.scheduler.dropped());
+        self.drop_parked();
+    }
+
+    fn drop_parked(&mut self) {
+        let ids = self.scheduler.dropped();
+        self.checkpoints.drop_all(&ids);
+        self.parking.drop_all(ids);
     }
 
     fn release(&mut self, seq: SeqId) {
@@ -263,6 +272,7 @@ impl Worker {
             Ok(()) => {
                 self.shared.count_step(step.n_prefill as u64, step_us);
                 self.scheduler.computed(step, step_us);
+                self.take_checkpoints();
                 self.sample(step, computed);
             }
             Err(error) => self.step_failed(step, &error),
@@ -329,7 +339,7 @@ impl Worker {
                 generation.lost_prefix();
             }
         });
-        self.parking.drop_all(self.scheduler.dropped());
+        self.drop_parked();
         if resumes.is_none() {
             let n_cached = self.generations.get(&id).map_or(0, Generation::n_cached);
             self.shared.count_cached(u64::from(n_cached));
@@ -365,7 +375,13 @@ impl Worker {
                 CacheOp::Unpark { at, seq, n_tokens } => {
                     if self.parking.get(at).is_some_and(|state| self.backend.restore(seq, state)) {
                         self.shared.count_restored(u64::from(n_tokens));
+                        self.shared.count_checkpoints_restored(u64::from(self.checkpoints.has(at)));
                     } else {
+                        lost(self, seq);
+                    }
+                }
+                CacheOp::Rewind { at, seq, n_tokens } => {
+                    if !self.rewind(at, seq, n_tokens) {
                         lost(self, seq);
                     }
                 }
@@ -373,17 +389,52 @@ impl Worker {
         }
     }
 
+    /// Brings a sequence back to an earlier length. When it cannot be, the sequence is empty.
+    fn rewind(&mut self, at: ParkId, seq: SeqId, n_tokens: u32) -> bool {
+        let is_there = self.parking.get(at).is_some_and(|state| self.backend.rewind(seq, state, n_tokens));
+        if !is_there {
+            self.backend.truncate(seq, 0);
+        }
+        self.shared.count_checkpoints_restored(u64::from(is_there));
+        is_there
+    }
+
+    /// Copies out what prompts that were just computed up to there will be taken up from.
+    fn take_checkpoints(&mut self) {
+        let taken = self.scheduler.checkpoints();
+        if taken.is_empty() {
+            return;
+        }
+        self.drop_parked(); // those that give way
+        for checkpoint in taken {
+            match self.checkpoints.take(&mut *self.backend, checkpoint) {
+                Some(state) => {
+                    self.parking.keep(checkpoint.at, state);
+                    self.shared.count_checkpoint_taken();
+                }
+                None => self.scheduler.checkpoint_failed(checkpoint.at),
+            }
+        }
+        self.drop_parked();
+    }
+
     fn copy_prefixes(&mut self) {
         let mut is_there = true;
-        for Copy { src, dst, n_tokens } in self.scheduler.copies() {
+        for Copy { src, dst, n_tokens, rewind } in self.scheduler.copies() {
             // One that failed may be the source of the next.
-            is_there = is_there && self.backend.copy(src, dst, n_tokens);
+            is_there = is_there && self.backend.copy(src, dst, rewind.map_or(n_tokens, |rewind| rewind.n_held));
             if !is_there {
                 self.scheduler.copy_failed(dst);
                 let owner = self.owners[dst as usize];
                 if let Some(generation) = owner.and_then(|id| self.generations.get_mut(&id)) {
                     generation.lost_prefix();
                 }
+                continue;
+            }
+            if let Some(Rewind { at, .. }) = rewind
+                && !self.rewind(at, dst, n_tokens)
+            {
+                self.scheduler.forget_prefix(dst);
                 continue;
             }
             let owner = self.owners[dst as usize];
@@ -548,7 +599,7 @@ impl Worker {
         self.shared.publish_draft_cells(self.drafter.as_ref().map_or(0, |drafter| drafter.n_cells()));
         let (queued, _) = self.scheduler.queued();
         self.shared.publish((self.generations.len() - queued) as u64, used, cached);
-        self.shared.publish_parked(self.parking.bytes());
+        self.shared.publish_parked(self.parking.bytes(), self.checkpoints.bytes());
     }
 }
 

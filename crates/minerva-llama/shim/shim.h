@@ -47,8 +47,9 @@ int mnv_token_to_piece(const struct llama_vocab * vocab, llama_token token, char
 // Memory operations that may allocate or run a graph.
 int mnv_seq_rm(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, bool * removed, struct mnv_error * error);
 int mnv_seq_cp(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, struct mnv_error * error);
-int mnv_state_seq_get(struct llama_context * ctx, llama_seq_id seq, uint8_t * dst, size_t * n, struct mnv_error * error);
-int mnv_state_seq_set(struct llama_context * ctx, llama_seq_id seq, const uint8_t * src, size_t n, bool * restored, struct mnv_error * error);
+// With `part` only what does not stay in the cells of a sequence: recurrent state, and cells of layers with a window.
+int mnv_state_seq_get(struct llama_context * ctx, llama_seq_id seq, bool part, uint8_t * dst, size_t * n, struct mnv_error * error);
+int mnv_state_seq_set(struct llama_context * ctx, llama_seq_id seq, bool part, const uint8_t * src, size_t n, bool * restored, struct mnv_error * error);
 
 struct mnv_device_bytes {
     char   name[64]; // llama.cpp's device name, "Host" for the system's memory

@@ -183,7 +183,12 @@ impl Context {
     /// Whether the beginning of a sequence can be copied after the sequence has gone on: not from recurrent memory, and not where
     /// windowed layers keep their window only.
     pub fn keeps_beginnings(&self) -> bool {
-        !self.model.is_recurrent() && (self.full_windows || self.model.n_window_tokens() == 0)
+        !self.model.is_recurrent() && !self.has_short_windows()
+    }
+
+    /// Whether layers with a window keep nothing else.
+    pub(crate) fn has_short_windows(&self) -> bool {
+        !self.full_windows && self.model.n_window_tokens() > 0
     }
 
     /// Whether all sequences share one pool of cells.

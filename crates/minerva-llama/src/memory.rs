@@ -80,9 +80,9 @@ impl Context {
         self.truncate_seq(seq, 0).map(|_| ())
     }
 
-    /// Makes `dst` hold the first `n_tokens` tokens of `src`; what `dst` held is freed. With a unified cache the cells
-    /// are shared, otherwise they are copied. `false` if this kind of memory cannot be cut at `n_tokens`: `dst` is then
-    /// empty.
+    /// Makes `dst` hold the first `n_tokens` tokens of `src`; what `dst` held is freed. With a unified cache the cells are shared unless
+    /// layers keep their window only, otherwise they are copied. `false` if this kind of memory cannot be cut at `n_tokens`: `dst` is
+    /// then empty.
     ///
     /// # Errors
     /// [`CallError::Argument`] for a sequence that does not exist or is copied onto itself.
@@ -92,9 +92,18 @@ impl Context {
             return Err(CallError::Argument(format!("sequence {src} cannot be copied onto itself")));
         }
         let (src, dst_raw) = (self.checked_seq(src)?, self.checked_seq(dst)?);
-        self.clear_seq(dst)?;
-        // SAFETY: a live context and checked sequences. The full range, because between streams llama.cpp asserts it.
-        call(|error| unsafe { sys::mnv_seq_cp(self.raw(), src, dst_raw, -1, -1, error) })?;
+        if self.kv_unified() && self.has_short_windows() {
+            // llama.cpp never reuses a window's cell that two sequences have: shared ones soon leave no room.
+            let state = self.save(src.cast_unsigned(), false)?;
+            if !self.restore_seq(dst, &state)? {
+                self.clear_seq(dst)?;
+                return Ok(false);
+            }
+        } else {
+            self.clear_seq(dst)?;
+            // SAFETY: a live context and checked sequences. The full range, because between streams llama.cpp asserts it.
+            call(|error| unsafe { sys::mnv_seq_cp(self.raw(), src, dst_raw, -1, -1, error) })?;
+        }
         let cut = self.truncate_seq(dst, n_tokens)?;
         if !cut {
             self.clear_seq(dst)?;
@@ -108,16 +117,48 @@ impl Context {
     /// [`CallError::Argument`] for a sequence that does not exist; [`CallError`] when there is no memory for the copy.
     #[doc(alias = "llama_state_seq_get_data")]
     pub fn save_seq(&mut self, seq: u32) -> Result<Vec<u8>, CallError> {
+        self.save(seq, false)
+    }
+
+    /// What of `seq` does not stay in its cells when it goes on, for [`rewind_seq`](Self::rewind_seq): recurrent state, and cells of layers
+    /// with a window.
+    ///
+    /// # Errors
+    /// As of [`save_seq`](Self::save_seq).
+    #[doc(alias = "llama_state_seq_get_data_ext")]
+    pub fn save_seq_part(&mut self, seq: u32) -> Result<Vec<u8>, CallError> {
+        self.save(seq, true)
+    }
+
+    /// The sizes of [`save_seq`](Self::save_seq) and [`save_seq_part`](Self::save_seq_part) as things are, in bytes.
+    ///
+    /// # Errors
+    /// [`CallError::Argument`] for a sequence that does not exist.
+    pub fn saved_bytes(&mut self, seq: u32) -> Result<(usize, usize), CallError> {
         let seq = self.checked_seq(seq)?;
+        Ok((self.state_bytes(seq, false)?, self.state_bytes(seq, true)?))
+    }
+
+    fn state_bytes(&mut self, seq: sys::llama_seq_id, part: bool) -> Result<usize, CallError> {
         let mut n_bytes = 0;
         // SAFETY: a live context and a checked sequence; without a buffer the shim only says how many bytes are needed.
-        call(|error| unsafe { sys::mnv_state_seq_get(self.raw(), seq, ptr::null_mut(), &raw mut n_bytes, error) })?;
+        call(|error| unsafe {
+            sys::mnv_state_seq_get(self.raw(), seq, part, ptr::null_mut(), &raw mut n_bytes, error)
+        })?;
+        Ok(n_bytes)
+    }
+
+    fn save(&mut self, seq: u32, part: bool) -> Result<Vec<u8>, CallError> {
+        let seq = self.checked_seq(seq)?;
+        let mut n_bytes = self.state_bytes(seq, part)?;
         let mut state = Vec::new();
         let no_memory = |_| CallError::Refused(format!("no memory for {n_bytes} bytes"));
         state.try_reserve_exact(n_bytes).map_err(no_memory)?;
         state.resize(n_bytes, 0);
         // SAFETY: as before, and the buffer has `n_bytes` bytes.
-        call(|error| unsafe { sys::mnv_state_seq_get(self.raw(), seq, state.as_mut_ptr(), &raw mut n_bytes, error) })?;
+        call(|error| unsafe {
+            sys::mnv_state_seq_get(self.raw(), seq, part, state.as_mut_ptr(), &raw mut n_bytes, error)
+        })?;
         if n_bytes == 0 {
             return Err(CallError::Refused("llama.cpp wrote no state".into()));
         }
@@ -133,13 +174,37 @@ impl Context {
     #[doc(alias = "llama_state_seq_set_data")]
     pub fn restore_seq(&mut self, seq: u32, state: &[u8]) -> Result<bool, CallError> {
         self.clear_seq(seq)?;
+        self.set_state(seq, false, state)
+    }
+
+    /// Makes `seq` hold its first `n_tokens` tokens and no more, with what [`save_seq_part`](Self::save_seq_part) returned when a sequence
+    /// with the same beginning had that length. `false` when it cannot be: the sequence is then to be cleared.
+    ///
+    /// # Errors
+    /// [`CallError::Argument`] for a sequence that does not exist.
+    #[doc(alias = "llama_state_seq_set_data_ext")]
+    pub fn rewind_seq(&mut self, seq: u32, state: &[u8], n_tokens: u32) -> Result<bool, CallError> {
+        Ok(self.set_state(seq, true, state)? && self.truncate_seq(seq, n_tokens)? && self.n_held(seq)? == n_tokens)
+    }
+
+    fn set_state(&mut self, seq: u32, part: bool, state: &[u8]) -> Result<bool, CallError> {
         let seq = self.checked_seq(seq)?;
         let mut restored = false;
         // SAFETY: a live context, a checked sequence and a buffer of `state.len()` bytes, which is only read.
         call(|error| unsafe {
-            sys::mnv_state_seq_set(self.raw(), seq, state.as_ptr(), state.len(), &raw mut restored, error)
+            sys::mnv_state_seq_set(self.raw(), seq, part, state.as_ptr(), state.len(), &raw mut restored, error)
         })?;
         Ok(restored)
+    }
+
+    /// Tokens that `seq` holds, by its last place.
+    fn n_held(&self, seq: u32) -> Result<u32, CallError> {
+        let seq = self.checked_seq(seq)?;
+        // SAFETY: a live context.
+        let memory = unsafe { sys::llama_get_memory(self.raw()) };
+        // SAFETY: the memory lives as long as its context, and the sequence was checked.
+        let last = unsafe { sys::llama_memory_seq_pos_max(memory, seq) };
+        Ok(last.saturating_add(1).max(0).cast_unsigned())
     }
 
     /// Whether a token at `from` would still find all that its window reaches back to. llama.cpp cuts without asking: what is

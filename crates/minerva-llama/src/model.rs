@@ -160,6 +160,14 @@ impl Model {
         recurrent || unsafe { sys::llama_model_is_hybrid(self.raw.as_ptr()) }
     }
 
+    /// Whether a state is all that a sequence holds, without any cells.
+    #[doc(alias = "llama_model_is_recurrent")]
+    pub fn is_only_recurrent(&self) -> bool {
+        // SAFETY: the model is live.
+        let is_hybrid = unsafe { sys::llama_model_is_hybrid(self.raw.as_ptr()) };
+        self.is_recurrent() && !is_hybrid
+    }
+
     /// Tokens that layers with a window look back, if there are such layers; 0 if not.
     #[doc(alias = "llama_model_n_swa")]
     pub fn n_window_tokens(&self) -> u32 {

@@ -104,6 +104,7 @@ unsafe extern "C" {
     pub fn mnv_state_seq_get(
         ctx: *mut llama_context,
         seq: llama_seq_id,
+        part: bool,
         dst: *mut u8,
         n: *mut usize,
         error: *mut mnv_error,
@@ -111,6 +112,7 @@ unsafe extern "C" {
     pub fn mnv_state_seq_set(
         ctx: *mut llama_context,
         seq: llama_seq_id,
+        part: bool,
         src: *const u8,
         n: usize,
         restored: *mut bool,

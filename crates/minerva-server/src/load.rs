@@ -16,7 +16,7 @@ use crate::state::{App, Phase};
 /// What to load, checked before the server listens.
 pub(crate) enum Source {
     Model(Box<EngineConfig>),
-    Simulator(SimConfig),
+    Simulator(Box<SimConfig>),
 }
 
 impl Source {
@@ -41,7 +41,7 @@ impl Source {
         if let Some(name) = &config.model.name {
             sim.model_name.clone_from(name);
         }
-        Ok(Self::Simulator(sim))
+        Ok(Self::Simulator(Box::new(sim)))
     }
 }
 
@@ -78,7 +78,7 @@ fn load(app: &App, source: Source, is_cancelled: &AtomicBool) -> Result<(), Load
     let config = match source {
         Source::Simulator(sim) => {
             info!("answering with the simulator: there is no model");
-            app.set_phase(Phase::Ready(Engine::simulate(sim)));
+            app.set_phase(Phase::Ready(Engine::simulate(*sim)));
             return Ok(());
         }
         Source::Model(config) => config,

@@ -156,6 +156,7 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("kv_cells_total", "All KV cells.", stats.kv_cells_total),
         ("draft_kv_cells_used", "KV cells that the draft model holds.", stats.draft_cells_used),
         ("host_cache_bytes", "Host memory with copies of sequences.", stats.host_cache_bytes),
+        ("checkpoint_bytes", "Host memory with checkpoints, part of the copies of sequences.", stats.checkpoint_bytes),
     ] {
         text.single(name, "gauge", help, value as f64);
     }
@@ -172,6 +173,8 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("draft_failures_total", "Failures of the draft model; it is left alone after one.", stats.failed_drafts_total),
         ("preemptions_total", "Sequences that had to yield and wait again.", stats.preempted_total),
         ("restored_tokens_total", "Tokens whose cells came back from host memory.", stats.restored_tokens_total),
+        ("checkpoints_taken_total", "Checkpoints taken of memory that cannot be cut.", stats.checkpoints_taken_total),
+        ("checkpoints_restored_total", "Checkpoints that a prompt went on from.", stats.checkpoints_restored_total),
         ("engine_steps_total", "Steps submitted to the backend.", stats.steps_total),
         ("engine_failed_steps_total", "Steps that the backend failed to compute.", stats.failed_steps_total),
     ] {

@@ -11,6 +11,7 @@ use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
 pub(crate) struct LlamaBackend {
     context: Context,
     batch: Batch,
+    sizes: StateSizes,
     /// After the context: what it holds is given back before others may have it.
     _claim: Claim,
 }
@@ -18,7 +19,8 @@ pub(crate) struct LlamaBackend {
 impl LlamaBackend {
     pub(super) fn new(context: Context, claim: Claim) -> Self {
         let batch = Batch::new(&context);
-        Self { context, batch, _claim: claim }
+        let sizes = StateSizes::by_plan(&context);
+        Self { context, batch, sizes, _claim: claim }
     }
 
     /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.
@@ -37,6 +39,8 @@ impl LlamaBackend {
         let row = Row { seq: 0, token, pos: 0, output: true };
         if let Err(error) = self.decode(&[row]) {
             tracing::warn!("the warm-up step failed: {error}");
+        } else if let Ok((whole, part)) = self.context.saved_bytes(0) {
+            self.sizes = StateSizes::measured(&self.context, whole as u64, part as u64);
         }
         self.truncate(0, 0);
     }
@@ -49,20 +53,24 @@ impl LlamaBackend {
 impl Backend for LlamaBackend {
     fn limits(&self) -> BackendLimits {
         let kv_bytes: u64 = self.memory_bytes().iter().map(|device| device.kv_bytes).sum();
-        // A recurrent model has a state of fixed size in each sequence, whatever its length; of a hybrid both are counted.
-        let is_recurrent = self.context.model().is_recurrent();
+        let model = self.context.model();
+        let keeps_beginnings = self.context.keeps_beginnings();
+        let has_window = !keeps_beginnings && !model.is_recurrent();
         BackendLimits {
             n_seq_max: self.context.n_seq_max(),
             n_cells_per_seq: self.context.n_ctx_seq(),
             n_cells: self.context.n_ctx(),
             unified: self.context.kv_unified(),
             stream_bytes: if self.context.kv_unified() { 0 } else { kv_bytes / u64::from(self.context.n_seq_max()) },
-            cell_bytes: kv_bytes.div_ceil(u64::from(self.context.n_ctx()).max(1)),
-            state_bytes: if is_recurrent { kv_bytes / u64::from(self.context.n_seq_max()) } else { 0 },
-            keeps_beginnings: self.context.keeps_beginnings(),
+            cell_bytes: self.sizes.cell,
+            state_bytes: self.sizes.state,
+            keeps_beginnings,
+            window_cell_bytes: self.sizes.window_cell,
+            n_window_tokens: if has_window { model.n_window_tokens() } else { 0 },
+            checkpoints_need_cells: !keeps_beginnings && !model.is_only_recurrent(),
             n_batch: self.context.n_batch(),
             n_ubatch: self.context.n_ubatch(),
-            n_vocab: self.context.model().n_vocab(),
+            n_vocab: model.n_vocab(),
         }
     }
 
@@ -106,5 +114,51 @@ impl Backend for LlamaBackend {
             let _ = self.context.clear_seq(seq); // the sequence exists, and emptying it never fails
         }
         is_there
+    }
+
+    fn save_part(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+        let saved = self.context.save_seq_part(seq);
+        saved.inspect_err(|error| tracing::warn!("no checkpoint of a sequence can be taken: {error}")).ok()
+    }
+
+    fn rewind(&mut self, seq: SeqId, state: &[u8], n_tokens: u32) -> bool {
+        let is_there = self.context.rewind_seq(seq, state, n_tokens).unwrap_or(false);
+        if !is_there {
+            let _ = self.context.clear_seq(seq); // the sequence exists, and emptying it never fails
+        }
+        is_there
+    }
+}
+
+/// What copying a sequence out takes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct StateSizes {
+    /// Each cell.
+    cell: u64,
+    /// Whatever its length.
+    state: u64,
+    /// Each cell of layers with a window, as far as that reaches.
+    window_cell: u64,
+}
+
+impl StateSizes {
+    /// At most, by what the context takes.
+    fn by_plan(context: &Context) -> Self {
+        let kv_bytes: u64 = context.memory_bytes().unwrap_or_default().iter().map(|device| device.kv_bytes).sum();
+        // A recurrent model has a state of fixed size in each sequence, whatever its length; of a hybrid both are counted.
+        let state = if context.model().is_recurrent() { kv_bytes / u64::from(context.n_seq_max()) } else { 0 };
+        Self { cell: kv_bytes.div_ceil(u64::from(context.n_ctx()).max(1)), state, window_cell: 0 }
+    }
+
+    /// By what a sequence of one token takes, all of it and the part that a checkpoint has.
+    fn measured(context: &Context, whole_bytes: u64, part_bytes: u64) -> Self {
+        let (is_recurrent, keeps) = (context.model().is_recurrent(), context.keeps_beginnings());
+        let only_recurrent = context.model().is_only_recurrent();
+        match (is_recurrent, keeps) {
+            _ if only_recurrent => Self { cell: 0, state: whole_bytes, window_cell: 0 },
+            (true, _) => Self { cell: whole_bytes.saturating_sub(part_bytes), state: part_bytes, window_cell: 0 },
+            (false, true) => Self::by_plan(context),
+            (false, false) => Self { cell: whole_bytes.saturating_sub(part_bytes), state: 0, window_cell: part_bytes },
+        }
     }
 }

@@ -10,6 +10,8 @@ mod placement;
 mod speeds;
 mod tokenizer;
 mod tuning;
+#[cfg(test)]
+mod uncut;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;

@@ -56,6 +56,9 @@ pub struct Policy {
     pub max_itl_us: Option<u64>,
     /// Bytes of host memory for what sequences held when they had to give their cells away.
     pub host_cache_bytes: u64,
+    /// The most checkpoints of one text, where memory cannot be cut; 0 is none.
+    #[serde(default)]
+    pub max_checkpoints: u32,
     /// Whether tokens may be guessed from what a text has said before.
     pub guess: bool,
     /// How a draft model may be used; `None` without one.

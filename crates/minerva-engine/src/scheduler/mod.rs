@@ -85,6 +85,36 @@ pub enum CacheOp {
         /// Tokens that it holds then.
         n_tokens: u32,
     },
+    /// A sequence goes back to an earlier length with a checkpoint. When the backend cannot, call [`Scheduler::forget_prefix`].
+    Rewind {
+        /// The checkpoint.
+        at: ParkId,
+        /// The sequence.
+        seq: SeqId,
+        /// Tokens that it holds then.
+        n_tokens: u32,
+    },
+}
+
+/// What a sequence holds now, or the part of it that does not stay in its cells, goes to host memory for those who begin alike. When the
+/// backend cannot, call [`Scheduler::checkpoint_failed`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// The sequence.
+    pub seq: SeqId,
+    /// Its name there, until it is among [`Scheduler::dropped`].
+    pub at: ParkId,
+    /// Tokens that the sequence holds.
+    pub n_tokens: u32,
+}
+
+/// How a copy of a sequence that cannot be cut gets its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rewind {
+    /// The checkpoint.
+    pub at: ParkId,
+    /// Tokens that the source holds, all of which are copied first.
+    pub n_held: u32,
 }
 
 /// A prefix that one sequence gets from another before the next step. When the backend cannot, call
@@ -97,6 +127,9 @@ pub struct Copy {
     pub dst: SeqId,
     /// Tokens of it.
     pub n_tokens: u32,
+    /// What it takes when the memory cannot be cut there. When this fails and the copy did not, call [`Scheduler::forget_prefix`].
+    #[serde(default)]
+    pub rewind: Option<Rewind>,
 }
 
 /// A request that got its sequences.
@@ -163,6 +196,8 @@ pub struct Scheduler {
     decoding: Vec<SeqId>,
     /// What the draft model took for the step to come, in microseconds.
     draft_us: u64,
+    /// Checkpoints that nobody has asked for yet.
+    taken: Vec<Checkpoint>,
 }
 
 impl Scheduler {
@@ -178,11 +213,13 @@ impl Scheduler {
             prompts: Vec::new(),
             decoding: Vec::new(),
             draft_us: 0,
+            taken: Vec::new(),
         }
     }
 
     /// Puts a request into the queue. `now_us` is a clock that only goes forward.
     pub fn enqueue(&mut self, job: Job, now_us: u64) {
+        self.seats.stop_for(&job);
         self.queue.push(job, now_us);
     }
 
@@ -234,6 +271,12 @@ impl Scheduler {
         let waiting = self.queue.admit(next);
         self.seats.respect_hints(&waiting.job.terms, now_us);
         let admission = self.seats.seat(&waiting, &mut ops);
+        if waiting.resume.is_none()
+            && let Some(&first) = admission.seqs.first()
+        {
+            let queued = self.queue.n_shared_each(&waiting.job);
+            self.seats.plan_stops(first, admission.n_cached as usize, &queued);
+        }
         Some(Admission { preempted: victims, ops, ..admission })
     }
 
@@ -337,7 +380,7 @@ impl Scheduler {
         for &seq in &self.prompts {
             let seat = self.seats.seat_of(seq);
             let rest = seat.rest_of_prompt();
-            let n = rest.len().min(left);
+            let n = rest.len().min(left).min(self.seats.most_of_prompt(seq));
             for (i, &token) in rest[..n].iter().enumerate() {
                 let output = i + 1 == rest.len();
                 if output {
@@ -422,6 +465,17 @@ impl Scheduler {
             step_us,
         );
         self.seats.parked.learn(self.budget.prefill_token_us());
+        self.taken.extend(self.seats.take_checkpoints());
+    }
+
+    /// Checkpoints to take now that a step is computed, before anything else happens to the sequences.
+    pub fn checkpoints(&mut self) -> Vec<Checkpoint> {
+        std::mem::take(&mut self.taken)
+    }
+
+    /// The backend could not take a checkpoint, and will not be able to take others.
+    pub fn checkpoint_failed(&mut self, at: ParkId) {
+        self.seats.checkpoint_failed(at);
     }
 
     /// The prompt of a request with several choices is computed in `seq`: the sequences that need a copy of it.

@@ -1,10 +1,12 @@
 //! Cells that were copied out to host memory: of requests that had to give their seat away, and of finished ones whose seat was
 //! needed. Only their tokens and sizes are known here; the bytes are the worker's.
 
+mod checkpoints;
 mod keeping;
 
 use std::collections::BTreeMap;
 
+pub(super) use checkpoints::Reach;
 use serde::{Deserialize, Serialize};
 
 use super::job::Terms;
@@ -30,6 +32,8 @@ struct Entry {
     n_bytes: u64,
     /// Somebody goes on from there.
     is_owned: bool,
+    /// What a sequence held at an earlier length, or the part of it that does not stay in its cells.
+    is_checkpoint: bool,
     stamp: u64,
 }
 
@@ -37,10 +41,12 @@ struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Found {
     pub(super) id: ParkId,
-    /// Tokens that the prompt shares.
+    /// Tokens of the prompt that can be had from there.
     pub(super) n_shared: usize,
     /// Tokens that come along.
     pub(super) n_tokens: usize,
+    /// The checkpoint that this takes, where they cannot be had by a cut.
+    pub(super) rewind: Option<ParkId>,
 }
 
 /// All of them.
@@ -92,11 +98,15 @@ impl Parked {
         if !self.works || tokens.is_empty() || !self.pays(tokens.len(), n_bytes) || !self.make_room(n_bytes) {
             return None;
         }
+        Some(self.add(tokens, namespace, n_bytes, is_owned, false))
+    }
+
+    fn add(&mut self, tokens: &[TokenId], namespace: u64, n_bytes: u64, is_owned: bool, is_checkpoint: bool) -> ParkId {
         self.clock += 1;
         let (id, tokens) = (self.clock, tokens.to_vec());
-        self.entries.push(Entry { id, tokens, namespace, n_bytes, is_owned, stamp: id });
+        self.entries.push(Entry { id, tokens, namespace, n_bytes, is_owned, is_checkpoint, stamp: id });
         self.n_bytes += n_bytes;
-        Some(id)
+        id
     }
 
     fn pays(&self, n_tokens: usize, n_bytes: u64) -> bool {
@@ -110,7 +120,7 @@ impl Parked {
     }
 
     fn bytes_of(&self, n_tokens: usize) -> u64 {
-        self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64
+        self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64 + self.window_bytes(n_tokens)
     }
 
     fn make_room(&mut self, n_bytes: u64) -> bool {
@@ -126,27 +136,38 @@ impl Parked {
         true
     }
 
-    /// What shares most of `prompt`. Memory that cannot be cut has to be used whole.
+    /// What most of `prompt` can be had from. Memory that cannot be cut has to be used whole, or with a checkpoint.
     pub(super) fn best(&self, prompt: &[TokenId], namespace: u64) -> Option<Found> {
-        let found = self.entries.iter().filter(|entry| entry.namespace == namespace).map(|entry| Found {
-            id: entry.id,
-            n_shared: common(&entry.tokens, prompt).min(prompt.len() - 1),
-            n_tokens: entry.tokens.len(),
+        let complete = self.entries.iter().filter(|entry| entry.namespace == namespace && !self.is_part(entry));
+        let found = complete.map(|entry| {
+            let (n_tokens, n_common) = (entry.tokens.len(), common(&entry.tokens, prompt).min(prompt.len() - 1));
+            let Reach { n_tokens: n_shared, rewind } = self.reach(n_tokens, n_common, prompt, namespace);
+            Found { id: entry.id, n_shared, n_tokens, rewind }
         });
-        found
-            .filter(|found| self.limits.keeps_beginnings || found.n_shared == found.n_tokens)
-            .max_by_key(|found| (found.n_shared, found.id))
+        found.max_by_key(|found| (found.n_shared, found.id))
+    }
+
+    /// How many tokens of `prompt` each entry begins with.
+    pub(super) fn n_shared_each(&self, prompt: &[TokenId], namespace: u64) -> impl Iterator<Item = usize> {
+        let same = self.entries.iter().filter(move |entry| entry.namespace == namespace);
+        same.map(|entry| common(&entry.tokens, prompt))
     }
 
     /// Fewer tokens of a finished sequence, beyond what others hold of them, are not worth host memory, and not worth fetching.
     pub(super) fn least_tokens(&self) -> usize {
-        (self.limits.n_cells_per_seq as usize / 8).clamp(16, 256)
+        // Of memory that cannot be cut a checkpoint may lie here and nowhere else; what that has to save is asked when it is taken.
+        let most = if self.limits.keeps_beginnings { 256 } else { 64 };
+        (self.limits.n_cells_per_seq as usize / 8).clamp(16, most)
     }
 
     /// How many of `tokens` lie here already.
     pub(super) fn n_held(&self, tokens: &[TokenId], namespace: u64) -> usize {
-        let same = self.entries.iter().filter(|entry| entry.namespace == namespace);
-        same.map(|entry| common(&entry.tokens, tokens)).max().unwrap_or(0)
+        let same = self.entries.iter().filter(|entry| entry.namespace == namespace && !self.is_part(entry));
+        let held = same.map(|entry| {
+            let n_common = common(&entry.tokens, tokens);
+            self.reach(entry.tokens.len(), n_common, tokens, namespace).n_tokens
+        });
+        held.max().unwrap_or(0)
     }
 
     pub(super) fn used(&mut self, id: ParkId) {

@@ -9,6 +9,7 @@ use std::cmp::Reverse;
 
 use super::job::{ClientId, Job, RequestId};
 use super::parked::ParkId;
+use super::seats::common;
 
 /// Waiting so long is worth one priority.
 const AGING_US: u64 = 10_000_000;
@@ -18,6 +19,9 @@ const PATIENCE_US: u64 = 60_000_000;
 
 /// Clients whose last turn is remembered. Who is forgotten counts as never served.
 const MOST_CLIENTS: usize = 1024;
+
+/// Waiting prompts that one is compared with when it begins.
+const MOST_COMPARED: usize = 64;
 
 /// A request that waits for its sequences.
 #[derive(Debug)]
@@ -145,6 +149,15 @@ impl Queue {
             (waiting.rank(now_us, best), *n_running, *served, waiting.due_us(), waiting.order)
         });
         order.into_iter().map(|(.., waiting)| waiting).collect()
+    }
+
+    /// How many tokens of the prompt of `job` those have that will be next, of the same namespace.
+    pub(super) fn n_shared_each(&self, job: &Job) -> Vec<usize> {
+        let namespace = job.terms.namespace;
+        let same = self.waiting.iter().take(MOST_COMPARED).map(|waiting| &waiting.job);
+        same.filter(|other| other.reuse && other.terms.namespace == namespace)
+            .map(|other| common(&other.prompt, &job.prompt))
+            .collect()
     }
 
     pub(super) fn at(&self, at: usize) -> &Waiting {

@@ -1,11 +1,13 @@
 //! The sequences of the cache: who sits where, what each one holds, and how many cells are promised.
 
+mod checkpoints;
 mod keeping;
 mod misses;
 mod places;
 mod preempt;
 mod sharing;
 
+use checkpoints::Points;
 pub use misses::Miss;
 use sharing::Source;
 
@@ -13,7 +15,7 @@ use super::cost::Costs;
 use super::draft::Trust;
 use super::job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 use super::lost::Lost;
-use super::parked::Parked;
+use super::parked::{Parked, Reach};
 use super::queue::Waiting;
 use super::{Admission, CacheOp};
 use crate::backend::{BackendLimits, Row, SeqId};
@@ -65,6 +67,8 @@ pub(super) struct Seat {
     waits_for_fork: bool,
     /// Another seat that computes the beginning of this one's prompt.
     source: Option<Source>,
+    /// Where its prompt stops for checkpoints.
+    points: Points,
     /// Order of admission, and of release for seats that are free.
     stamp: u64,
 }
@@ -148,6 +152,8 @@ pub(super) struct Seats {
     can_copy: bool,
     /// No move has failed yet.
     can_move: bool,
+    /// The most checkpoints of one text.
+    max_checkpoints: u32,
 }
 
 impl Seats {
@@ -163,8 +169,9 @@ impl Seats {
             drafts: (0, 0),
             draft_prior: Trust::default(),
             time_ratio: None,
-            can_copy: limits.keeps_beginnings,
+            can_copy: true,
             can_move: true,
+            max_checkpoints: policy.max_checkpoints,
         }
     }
 
@@ -250,7 +257,7 @@ impl Seats {
     pub(super) fn seat(&mut self, waiting: &Waiting, ops: &mut Vec<CacheOp>) -> Admission {
         let job = &waiting.job;
         let kept = self.best_free(job);
-        let n_kept = kept.map_or(0, |seq| self.all[seq as usize].will_share(&job.prompt, job.terms.namespace));
+        let n_kept = kept.map_or(0, |seq| self.reach(seq, &job.prompt, job.terms.namespace).n_tokens);
         let source = if job.reuse { self.better_source(job, kept, n_kept) } else { None };
         let parked = self.better_parked(waiting, n_kept.max(source.map_or(0, Source::n_tokens)));
         let source = source.filter(|_| parked.is_none());
@@ -301,10 +308,10 @@ impl Seats {
         let stamp = self.stamp;
         let job = &waiting.job;
         let draft_trust = self.draft_prior.as_prior();
-        let seat = self.at(seq);
-        if seat.n_cells != n_keep {
-            ops.push(CacheOp::Keep { seq, n_tokens: n_keep as u32 });
+        if self.all[seq as usize].n_cells != n_keep {
+            ops.push(self.keep_op(seq, n_keep, &job.prompt, job.terms.namespace));
         }
+        let seat = self.at(seq);
         seat.owner = Some(job.id);
         seat.choice = choice;
         seat.terms = job.terms.after(&seat.terms, n_keep > 0);
@@ -328,6 +335,7 @@ impl Seats {
         seat.forks.clear();
         seat.waits_for_fork = false;
         seat.source = None;
+        seat.points.clear();
         seat.stamp = stamp;
         self.order.push(seq);
     }
@@ -355,15 +363,25 @@ impl Seats {
     }
 
     /// The free seat that shares the longest prefix with the prompt, if that keeps at least half of what it holds: a few
-    /// tokens in common are not worth the end of a long conversation.
+    /// tokens in common are not worth the end of a long conversation. With a checkpoint it is less where no other seat is free: the
+    /// conversation would be lost either way.
     fn best_free(&self, job: &Job) -> Option<SeqId> {
-        let shares = |seat: &Seat| if job.reuse { seat.will_share(&job.prompt, job.terms.namespace) } else { 0 };
-        let best = (0..self.limits.n_seq_max)
-            .map(|seq| (seq, &self.all[seq as usize]))
-            .filter(|(_, seat)| seat.owner.is_none() && seat.n_cells > 0)
-            .filter(|(_, seat)| shares(seat) > 0 && shares(seat) * 2 >= seat.n_cells)
-            .max_by_key(|(_, seat)| (shares(seat), std::cmp::Reverse(seat.stamp)));
-        best.map(|(seq, _)| seq)
+        if !job.reuse {
+            return None;
+        }
+        let free = (0..self.limits.n_seq_max).filter(|&seq| self.all[seq as usize].owner.is_none());
+        let is_last = free.clone().count() <= job.n as usize;
+        let shared = free.filter(|&seq| self.all[seq as usize].n_cells > 0).map(|seq| {
+            let Reach { n_tokens, rewind } = self.reach(seq, &job.prompt, job.terms.namespace);
+            (n_tokens, rewind.is_some(), seq)
+        });
+        let is_enough = |&(n_tokens, is_rewound, seq): &(usize, bool, SeqId)| {
+            let is_half = n_tokens * 2 >= self.all[seq as usize].n_cells;
+            n_tokens > 0 && (is_half || (is_last && is_rewound))
+        };
+        let stamp = |seq: SeqId| std::cmp::Reverse(self.all[seq as usize].stamp);
+        let best = shared.filter(is_enough).max_by_key(|&(n_tokens, _, seq)| (n_tokens, stamp(seq)));
+        best.map(|(.., seq)| seq)
     }
 
     pub(super) fn forget_prefix(&mut self, seq: SeqId) {

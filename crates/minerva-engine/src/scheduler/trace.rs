@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Admission, Copy, Guesses, Job, ParkId, Place, Policy, RequestId, Scheduler, Step};
+use super::{Admission, Checkpoint, Copy, Guesses, Job, ParkId, Place, Policy, RequestId, Scheduler, Step};
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
@@ -42,6 +42,8 @@ enum Call {
     NoDrafts,
     Step { rows: Vec<Run> },
     Computed { step_us: u64 },
+    Checkpoints { taken: Vec<Checkpoint> },
+    CheckpointFailed { at: ParkId },
     Forks { seq: SeqId, forks: Vec<SeqId> },
     Sampled { seq: SeqId, token: TokenId, was_guessed: bool },
     Settle { seq: SeqId, n_tokens: Option<u32> },
@@ -232,6 +234,19 @@ impl Traced {
     pub(crate) fn computed(&mut self, step: &Step, step_us: u64) {
         self.note(|_| Call::Computed { step_us });
         self.scheduler.computed(step, step_us);
+    }
+
+    pub(crate) fn checkpoints(&mut self) -> Vec<Checkpoint> {
+        let taken = self.scheduler.checkpoints();
+        if !taken.is_empty() {
+            self.note(|_| Call::Checkpoints { taken: taken.clone() });
+        }
+        taken
+    }
+
+    pub(crate) fn checkpoint_failed(&mut self, at: ParkId) {
+        self.note(|_| Call::CheckpointFailed { at });
+        self.scheduler.checkpoint_failed(at);
     }
 
     pub(crate) fn forks(&mut self, seq: SeqId) -> Vec<SeqId> {
@@ -451,6 +466,8 @@ impl Call {
                 *rows = runs(step);
             }
             Self::Computed { step_us } => scheduler.computed(step, *step_us),
+            Self::Checkpoints { taken } => *taken = scheduler.checkpoints(),
+            Self::CheckpointFailed { at } => scheduler.checkpoint_failed(*at),
             Self::Forks { seq, forks } => *forks = scheduler.forks(*seq),
             Self::Sampled { seq, token, was_guessed } => *was_guessed = scheduler.sampled(*seq, *token),
             Self::Settle { seq, n_tokens } => *n_tokens = scheduler.settle(*seq),

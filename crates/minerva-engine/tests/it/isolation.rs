@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use minerva_engine::{CacheIsolation, Engine, GenerationError, Request, SimConfig};
+use minerva_engine::{CacheIsolation, Engine, GenerationError, Request, SimConfig, SimMemory};
 use proptest::prelude::*;
 
 use crate::support::{ask_alone, greedy, read, submit, tokens, wait_until_idle};
@@ -45,6 +45,8 @@ prop_compose! {
         n_batch in prop::sample::select(vec![8_u32, 32, 256]),
         step_us in prop::sample::select(vec![0_u64, 0, 30]),
         cannot_cut in any::<bool>(),
+        memory in prop::sample::select(vec![SimMemory::Cells, SimMemory::Recurrent, SimMemory::Hybrid, SimMemory::Window(24)]),
+        max_checkpoints in prop::sample::select(vec![0_u32, 2, 32]),
         fail_every_steps in prop::option::weighted(0.3, 5_u64..60),
         period_tokens in prop::option::of(1_u32..20),
         host_cache_bytes in prop::sample::select(vec![0, 400, 4_000, 1 << 20]),
@@ -53,7 +55,7 @@ prop_compose! {
         let n_cells = unified.then_some(n_cells);
         let context_length_tokens = 200;
         SimConfig {
-            n_seq_max, unified, n_cells, context_length_tokens, n_batch, step_us, cannot_cut, fail_every_steps,
+            n_seq_max, unified, n_cells, context_length_tokens, n_batch, step_us, cannot_cut, memory, max_checkpoints, fail_every_steps,
             host_cache_bytes, cache_isolation, period_tokens,
             ..SimConfig::default()
         }

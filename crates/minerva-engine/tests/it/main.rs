@@ -2,6 +2,7 @@
 //! real model in [`real_model`]. `support` reads streams and checks on the way that they keep their order.
 
 mod canary;
+mod checkpoints;
 mod constrained;
 mod contract;
 mod draft_model;

@@ -230,6 +230,10 @@ pub static SETTINGS: &[Setting] = &[
         "Host memory for what sequences held when their KV cells were needed by others: long conversations come back from there \
         instead of being computed again, and so do requests that had to yield. 0 is none. By default a sixteenth of the \
         host's memory, at most 8 GiB and a quarter of what the model leaves free.").dash("cram"),
+    setting("performance.ctx_checkpoints", "MINERVA_CTX_CHECKPOINTS", "ctx-checkpoints",
+        Kind::Uint { min: 0, max: 1024, words: &[] }, Initial::Uint(32),
+        "The most checkpoints of one text in that memory, where a sequence's memory cannot be cut back (recurrent and hybrid models, and \
+        sliding windows that keep nothing else): prompts go on from there that begin like it. 0 is none."),
     setting("performance.cache_isolation", "MINERVA_CACHE_ISOLATION", "cache-isolation", Kind::OneOf(&["none", "key"]),
         Initial::Text("none"),
         "`key`: requests share cached prompts only with requests of the same API key, so that nobody finds out by the time of \

@@ -79,6 +79,7 @@ pub struct PerformanceSettings {
     pub token_buffer: usize,
     /// In bytes here.
     pub cache_size_mb: Option<u64>,
+    pub ctx_checkpoints: u32,
     pub cache_isolation: CacheIsolation,
     pub speculation: Speculation,
     pub trace_file: Option<PathBuf>,
@@ -250,6 +251,7 @@ impl Config {
             max_queued_tokens: performance.max_queued_tokens,
             max_itl_ms: performance.max_itl_ms,
             host_cache_bytes: performance.cache_size_mb,
+            max_checkpoints: performance.ctx_checkpoints,
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,
             draft: self.draft()?,

@@ -30,13 +30,13 @@ impl Parked {
         hand_ages_around(&mut left, now_us);
     }
 
-    /// How much of `prompt` each copy begins with, and how much it holds.
+    /// How much of `prompt` each copy begins with, and how much it holds. One that needs the cells of its tokens holds nothing.
     pub(in crate::scheduler) fn each_common(
         &self,
         prompt: &[TokenId],
         namespace: u64,
     ) -> impl Iterator<Item = (usize, usize)> {
-        let same = self.entries.iter().filter(move |entry| entry.namespace == namespace);
+        let same = self.entries.iter().filter(move |entry| entry.namespace == namespace && !self.is_part(entry));
         same.map(|entry| (common(&entry.tokens, prompt), entry.tokens.len()))
     }
 }

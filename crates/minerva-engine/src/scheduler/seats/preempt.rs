@@ -79,9 +79,12 @@ impl Seats {
 
     /// Fills a seat that was just taken from host memory.
     pub(super) fn unpark(&mut self, seq: SeqId, found: Found, ops: &mut Vec<CacheOp>) {
-        let Found { id, n_shared, n_tokens } = found;
+        let Found { id, n_shared, n_tokens, rewind } = found;
         ops.push(CacheOp::Unpark { at: id, seq, n_tokens: n_tokens as u32 });
-        if n_shared < n_tokens {
+        if let Some(at) = rewind {
+            ops.push(CacheOp::Rewind { at, seq, n_tokens: n_shared as u32 });
+            self.parked.used(at);
+        } else if n_shared < n_tokens {
             ops.push(CacheOp::Keep { seq, n_tokens: n_shared as u32 });
         }
         self.at(seq).n_cells = n_shared;
@@ -98,8 +101,8 @@ impl Seats {
         if !self.parked.is_quick(tokens.len()) && self.decoding().next().is_some() {
             return;
         }
-        let others = (0..self.limits.n_seq_max).filter(|&other| other != seq).map(|other| &self.all[other as usize]);
-        let n_beside = others.map(|other| other.will_share(tokens, namespace)).max().unwrap_or(0);
+        let others = (0..self.limits.n_seq_max).filter(|&other| other != seq);
+        let n_beside = others.map(|other| self.reach(other, tokens, namespace).n_tokens).max().unwrap_or(0);
         let n_held = n_beside.max(self.parked.n_held(tokens, namespace));
         if n_held + self.parked.least_tokens() > tokens.len() {
             return;

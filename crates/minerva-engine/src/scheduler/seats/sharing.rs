@@ -3,7 +3,7 @@
 use super::{Seat, Seats, common};
 use crate::backend::SeqId;
 use crate::request::TokenId;
-use crate::scheduler::{Copy, Job};
+use crate::scheduler::{Copy, Job, Rewind};
 
 /// Where a seat gets the beginning of its prompt from, and how many tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl Seats {
         (0..self.limits.n_seq_max)
             .map(|seq| (seq, &self.all[seq as usize]))
             .filter(|(seq, seat)| Some(*seq) != except && seat.is_before(stamp))
-            .map(|(seq, seat)| (seat.will_share(prompt, namespace), std::cmp::Reverse(seat.stamp), seq))
+            .map(|(seq, seat)| (self.reach(seq, prompt, namespace).n_tokens, std::cmp::Reverse(seat.stamp), seq))
             .max()
             .filter(|(n_tokens, ..)| *n_tokens >= least)
             .map(|(n_tokens, _, seq)| Source { seq, n_tokens })
@@ -95,17 +95,22 @@ impl Seats {
         // Its seat may belong to somebody else by now.
         let is_as_it_was = |source: &Source| {
             let held = &self.all[source.seq as usize];
-            held.is_before(seat.stamp) && held.will_share(prompt, namespace) == source.n_tokens
+            held.is_before(seat.stamp) && self.reach(source.seq, prompt, namespace).n_tokens == source.n_tokens
         };
         let another = || self.best_source(prompt, namespace, Some(seq), seat.stamp, self.least_shared());
         let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.can_copy);
         let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
         let ready = source.filter(is_computed);
+        let rewind = ready.and_then(|source| self.reach(source.seq, prompt, namespace).rewind);
         let seat = self.at(seq);
         seat.source = if ready.is_some() { None } else { source };
         let Source { seq: src, n_tokens } = ready?;
         seat.n_cells = n_tokens;
-        Some(Copy { src, dst: seq, n_tokens: n_tokens as u32 })
+        let n_held = self.all[src as usize].n_cells();
+        if let Some(at) = rewind {
+            self.parked.used(at);
+        }
+        Some(Copy { src, dst: seq, n_tokens: n_tokens as u32, rewind: rewind.map(|at| Rewind { at, n_held }) })
     }
 
     /// This kind of memory cannot be cut, or not copied: nobody waits for a copy any more.

@@ -5,6 +5,7 @@
 #![expect(clippy::needless_raw_string_hashes, reason = "expect-test writes them")]
 
 mod admit;
+mod checkpoints;
 mod fairness;
 mod forks;
 mod guesses;
@@ -157,6 +158,9 @@ fn limits(n_seq_max: u32, n_batch: u32) -> BackendLimits {
         cell_bytes: 1,
         state_bytes: 0,
         keeps_beginnings: true,
+        window_cell_bytes: 0,
+        n_window_tokens: 0,
+        checkpoints_need_cells: false,
         n_batch,
         n_ubatch: n_batch,
         n_vocab: 1 << 20,

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::checkpoints::{hybrid, recurrent, window};
 use super::replay::{Fault, Replay};
 use super::{Keep, Script, Terms, limits, pool};
 use crate::backend::BackendLimits;
@@ -57,6 +58,7 @@ proptest! {
         n_batch in prop::sample::select(vec![1_u32, 3, 8, 32, 128]),
         faults in prop::collection::btree_map(0_usize..120, prop::sample::select(vec![Fault::CacheUnchanged, Fault::HalfWritten]), 0..4),
         cannot_cut in prop::bool::weighted(0.3),
+        memory in 0_u32..4,
         cannot_copy in prop::bool::weighted(0.2),
         cannot_park in prop::bool::weighted(0.2),
         us_per_row in prop::sample::select(vec![0_u64, 100, 50_000]),
@@ -64,9 +66,16 @@ proptest! {
         draft_fails_at in prop::option::weighted(0.2, 0_usize..60),
     ) {
         let base = if unified { pool(n_seq_max, n_pool) } else { limits(n_seq_max, n_batch) };
+        let base = match memory {
+            0 => base,
+            1 => recurrent(base),
+            2 => hybrid(base),
+            _ => window(base, 9),
+        };
         let limits = BackendLimits { n_batch, n_ubatch: n_batch, ..base };
         let policy = Policy {
             host_cache_bytes: 200,
+            max_checkpoints: 4,
             guess: draft.is_none_or(|(.., looks_up)| looks_up),
             draft: draft.map(|(_, _, min_tokens, _)| DraftLimits { max_tokens: 8, min_tokens }),
             ..Policy::default()

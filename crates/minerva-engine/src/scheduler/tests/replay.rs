@@ -6,7 +6,7 @@ use super::Script;
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
-use crate::scheduler::{CacheOp, Copy, Keep, Miss, ParkId, Policy, RequestId, Scheduler, Step, Terms};
+use crate::scheduler::{CacheOp, Checkpoint, Copy, Keep, Miss, ParkId, Policy, RequestId, Scheduler, Step, Terms};
 
 /// A request that waits or runs.
 #[derive(Debug)]
@@ -47,6 +47,8 @@ pub(super) struct Replay {
     /// Waiting requests as they came, to see that nobody overtakes.
     queue: Vec<RequestId>,
     parked: BTreeMap<ParkId, Vec<TokenId>>,
+    /// What checkpoints hold, or what the cells have to hold beside them.
+    checkpoints: BTreeMap<ParkId, Vec<TokenId>>,
     step: Step,
     pub(super) cannot_cut: bool,
     pub(super) cannot_copy: bool,
@@ -61,6 +63,7 @@ pub(super) struct Replay {
     pub(super) n_drafted: usize,
     /// Why each prompt was computed when it was admitted last.
     pub(super) misses: BTreeMap<RequestId, Option<Miss>>,
+    pub(super) most_parked_bytes: u64,
     tick: usize,
     line: String,
     pub(super) trace: String,
@@ -68,7 +71,10 @@ pub(super) struct Replay {
 
 impl Replay {
     pub(super) fn new(limits: BackendLimits) -> Self {
-        Self::with_policy(limits, Policy { host_cache_bytes: 200, guess: true, ..Policy::default() })
+        Self::with_policy(
+            limits,
+            Policy { host_cache_bytes: 200, guess: true, max_checkpoints: 4, ..Policy::default() },
+        )
     }
 
     pub(super) fn with_policy(limits: BackendLimits, policy: Policy) -> Self {
@@ -80,6 +86,7 @@ impl Replay {
             live: BTreeMap::new(),
             queue: Vec::new(),
             parked: BTreeMap::new(),
+            checkpoints: BTreeMap::new(),
             step: Step::default(),
             cannot_cut: false,
             cannot_copy: false,
@@ -90,6 +97,7 @@ impl Replay {
             draft_fails_at: None,
             n_drafted: 0,
             misses: BTreeMap::new(),
+            most_parked_bytes: 200,
             tick: 0,
             line: String::new(),
             trace: String::new(),
@@ -190,6 +198,7 @@ impl Replay {
                 }
                 let step_us = 1000 + self.us_per_row * step.rows.len() as u64;
                 self.scheduler.computed(&step, step_us);
+                self.take_checkpoints();
                 self.sample(&step);
             }
             Some(fault) => self.step_failed(&step, fault),
@@ -325,32 +334,81 @@ impl Replay {
                 }
                 CacheOp::Unpark { at, seq, n_tokens } => {
                     assert!(self.cache[seq as usize].is_empty(), "it comes over something else");
-                    if let Some(tokens) = self.parked.get(&at) {
+                    if let Some(tokens) = self.parked.get(&at).or(self.complete_checkpoint(at)) {
                         assert_eq!(tokens.len(), n_tokens as usize, "all of it");
-                        self.cache[seq as usize].clone_from(tokens);
+                        self.cache[seq as usize] = tokens.clone();
                     } else {
                         assert!(self.cannot_park || lost_parks.contains(&at), "{at} is not parked");
                         self.scheduler.forget_prefix(seq);
                         lost = true;
                     }
                 }
+                // It may go back in what could not be brought in.
+                CacheOp::Rewind { seq, .. } if lost => {
+                    self.cache[seq as usize].clear();
+                    self.scheduler.forget_prefix(seq);
+                }
+                CacheOp::Rewind { at, seq, n_tokens } => {
+                    self.rewind(at, seq, n_tokens);
+                }
             }
         }
         lost
     }
 
+    pub(super) fn checkpoint_lengths(&self) -> Vec<usize> {
+        let mut lengths: Vec<usize> = self.checkpoints.values().map(Vec::len).collect();
+        lengths.sort_unstable();
+        lengths
+    }
+
+    fn complete_checkpoint(&self, at: ParkId) -> Option<&Vec<TokenId>> {
+        self.checkpoints.get(&at).filter(|_| !self.limits.checkpoints_need_cells)
+    }
+
+    fn rewind(&mut self, at: ParkId, seq: SeqId, n_tokens: u32) {
+        assert!(self.limits.checkpoints_need_cells, "this memory has no cells beside its checkpoints");
+        let held = &mut self.cache[seq as usize];
+        held.truncate(n_tokens as usize);
+        assert_eq!(self.checkpoints.get(&at), Some(&*held), "a checkpoint of another text");
+        self.note(&format!("goes back to {n_tokens}"));
+    }
+
+    fn take_checkpoints(&mut self) {
+        for Checkpoint { seq, at, n_tokens } in self.scheduler.checkpoints() {
+            assert!(!self.limits.keeps_beginnings, "this memory can be cut");
+            let tokens = self.cache[seq as usize].clone();
+            assert_eq!(tokens.len(), n_tokens as usize, "as long as it is now");
+            if self.cannot_park {
+                self.scheduler.checkpoint_failed(at);
+            } else {
+                self.note(&format!("{} keeps {n_tokens}", self.name(seq)));
+                assert!(self.checkpoints.insert(at, tokens).is_none(), "{at} is taken already");
+            }
+        }
+        self.drop_parked();
+    }
+
+    fn checkpoint_bytes(&self, n_tokens: usize) -> u64 {
+        let BackendLimits { state_bytes, cell_bytes, window_cell_bytes, n_window_tokens, .. } = self.limits;
+        let cells = if self.limits.checkpoints_need_cells { 0 } else { cell_bytes * n_tokens as u64 };
+        state_bytes + cells + window_cell_bytes * (n_tokens as u64).min(u64::from(n_window_tokens))
+    }
+
     fn drop_parked(&mut self) {
         for at in self.scheduler.dropped() {
-            assert!(self.parked.remove(&at).is_some() || self.cannot_park || self.cannot_copy, "{at} was never parked");
+            let was_there = self.parked.remove(&at).is_some() || self.checkpoints.remove(&at).is_some();
+            assert!(was_there || self.cannot_park || self.cannot_copy, "{at} was never parked");
         }
     }
 
     fn copy_prefixes(&mut self) {
         let mut is_there = true;
-        for Copy { src, dst, n_tokens } in self.scheduler.copies() {
+        for Copy { src, dst, n_tokens, rewind } in self.scheduler.copies() {
             let source = &self.cache[src as usize];
-            let n = n_tokens as usize;
-            is_there &= !self.cannot_copy && (!self.cannot_cut || n == source.len());
+            let n = rewind.map_or(n_tokens, |rewind| rewind.n_held) as usize;
+            is_there &=
+                !self.cannot_copy && (n == source.len() || (!self.cannot_cut && self.is_cuttable(source.len())));
             if !is_there {
                 self.scheduler.copy_failed(dst);
                 continue;
@@ -358,6 +416,9 @@ impl Replay {
             assert!(n <= source.len(), "a copy of what is not computed");
             assert!(self.cache[dst as usize].is_empty(), "a copy over something else");
             self.cache[dst as usize] = source[..n].to_vec();
+            if let Some(rewind) = rewind {
+                self.rewind(rewind.at, dst, n_tokens);
+            }
             self.note(&format!("{} shares {n_tokens}", self.name(dst)));
         }
     }
@@ -373,9 +434,15 @@ impl Replay {
         self.note(&format!("moves {n_tokens}"));
     }
 
+    /// Whether a sequence of this length can be cut anywhere.
+    fn is_cuttable(&self, n_held: usize) -> bool {
+        self.limits.keeps_beginnings || n_held <= self.limits.n_window_tokens as usize
+    }
+
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
+        let is_cuttable = !self.cannot_cut && self.is_cuttable(self.cache[seq as usize].len());
         let tokens = &mut self.cache[seq as usize];
-        let cut = !self.cannot_cut || n_tokens == 0 || n_tokens as usize == tokens.len();
+        let cut = is_cuttable || n_tokens == 0 || n_tokens as usize == tokens.len();
         tokens.truncate(if cut { n_tokens as usize } else { 0 });
         cut
     }
@@ -527,9 +594,15 @@ impl Replay {
             assert!(tokens.iter().copied().eq(history), "sequence {seq} holds tokens of somebody else");
         }
         assert_eq!(self.scheduler.cells(), (used, cached));
-        let parked: usize = self.parked.values().map(Vec::len).sum();
-        assert_eq!(self.scheduler.parked_bytes(), parked as u64);
-        assert!(parked <= 200, "more host memory than is allowed");
+        let whole = |tokens: &Vec<TokenId>| {
+            let BackendLimits { state_bytes, cell_bytes, window_cell_bytes, n_window_tokens, .. } = self.limits;
+            let n = tokens.len() as u64;
+            state_bytes + cell_bytes * n + window_cell_bytes * n.min(u64::from(n_window_tokens))
+        };
+        let checkpoints = self.checkpoints.values().map(|tokens| self.checkpoint_bytes(tokens.len()));
+        let parked: u64 = self.parked.values().map(whole).chain(checkpoints).sum();
+        assert_eq!(self.scheduler.parked_bytes(), parked);
+        assert!(parked <= self.most_parked_bytes, "more host memory than is allowed");
         assert!(used + cached <= u64::from(self.limits.n_cells), "more cells than there are");
         assert!(promised <= self.limits.n_cells as usize, "more cells are promised than there are");
         let mut running: Vec<_> = self.scheduler.running().collect();
