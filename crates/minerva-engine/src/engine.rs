@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use crate::backend::{Loaded, Tokenizer};
 use crate::config::EngineConfig;
 use crate::constrain::{Compilers, ConstraintStats, Meters};
+use crate::disk::{self, Opened};
 use crate::error::{LoadError, RequestError};
 use crate::intake::{Intake, Task};
 use crate::llama;
@@ -25,6 +26,7 @@ use crate::slowed::Slowed;
 use crate::status::{BuildInfo, EngineStats, LoadProgress, ModelInfo};
 use crate::stream::EventStream;
 use crate::tune::TuneReport;
+use crate::warm::{self, Room, WarmError, WarmPrompt, WarmReport};
 use crate::worker::{Command, Worker};
 
 /// A loaded model that answers requests. Cheap to clone; every clone, and every stream of events, keeps it alive.
@@ -61,6 +63,7 @@ pub(crate) struct Inner {
     _intake: Joined,
     _worker: Joined,
     tokenizer: Arc<dyn Tokenizer>,
+    room: Room,
 }
 
 /// A thread that is waited for when this is dropped.
@@ -94,8 +97,7 @@ impl Engine {
         mut progress: impl FnMut(&LoadProgress) -> ControlFlow<()> + Send,
     ) -> Result<Self, LoadError> {
         let (loaded, info) = llama::load(&config, &mut progress)?;
-        let serving = Serving::new(&config, &info, loaded.drafter.is_some());
-        Self::start(loaded, info, serving)
+        Self::start_loaded(&config, loaded, info)
     }
 
     /// [`load`](Self::load), and then every step takes `percent` longer: with it a benchmark proves that it notices.
@@ -106,8 +108,7 @@ impl Engine {
     pub fn load_slowed(config: &EngineConfig, percent: f64) -> Result<Self, LoadError> {
         let (mut loaded, info) = llama::load(config, &mut |_| ControlFlow::Continue(()))?;
         loaded.backend = Box::new(Slowed::new(loaded.backend, percent));
-        let serving = Serving::new(config, &info, loaded.drafter.is_some());
-        Self::start(loaded, info, serving)
+        Self::start_loaded(config, loaded, info)
     }
 
     /// Plans a load without doing it: what goes where, what it takes, and the smaller plans below. Reads the file's header, and
@@ -141,19 +142,38 @@ impl Engine {
     /// # Panics
     /// When the system refuses a thread.
     pub fn simulate(config: SimConfig) -> Self {
-        let serving = config.serving();
+        let (serving, disk) = (config.serving(), config.open_disk());
         let (loaded, info) = sim::load(config);
-        Self::start(loaded, info, serving).expect("the system can start a thread")
+        Self::start(loaded, info, serving, disk).expect("the system can start a thread")
     }
 
-    pub(crate) fn start(loaded: Loaded, info: ModelInfo, serving: Serving) -> Result<Self, LoadError> {
+    fn start_loaded(config: &EngineConfig, loaded: Loaded, info: ModelInfo) -> Result<Self, LoadError> {
+        let serving = Serving::new(config, &info, loaded.drafter.is_some());
+        let wished =
+            config.disk_cache.as_ref().filter(|disk| disk.limit_bytes > 0 && serving.policy.host_cache_bytes > 0);
+        let disk = wished.and_then(|disk| disk.open(disk::of_model(config, &info)));
+        Self::start(loaded, info, serving, disk)
+    }
+
+    pub(crate) fn start(
+        loaded: Loaded,
+        info: ModelInfo,
+        serving: Serving,
+        disk: Option<Opened>,
+    ) -> Result<Self, LoadError> {
         let limits = loaded.backend.limits();
-        let shared = Arc::new(Shared::new(u64::from(limits.n_cells), u64::from(limits.n_seq_max)));
+        let host_cache_bytes = serving.policy.host_cache_bytes;
+        let counters = disk.as_ref().map(|disk| Arc::clone(&disk.counters));
+        let (n_cells, n_seq_max) = (u64::from(limits.n_cells), u64::from(limits.n_seq_max));
+        let shared = Arc::new(Shared::new(n_cells, n_seq_max, host_cache_bytes, counters));
         let tokenizer = Arc::clone(&loaded.tokenizer);
         let (commands, mailbox) = mpsc::channel();
         let (tasks, inbox) = mpsc::channel();
         let n_ctx = info.context_length_tokens as usize;
-        let worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
+        let mut worker = Worker::new(loaded, &serving, mailbox, Arc::clone(&shared));
+        if let Some(disk) = disk {
+            worker.use_disk(disk, commands.clone())?;
+        }
         let breakers = Arc::default();
         let compilers = Compilers::new(Arc::clone(&tokenizer), limits.n_vocab);
         let constraints = Arc::clone(compilers.meters());
@@ -170,6 +190,7 @@ impl Engine {
             _intake: Joined(Some(intake)),
             _worker: Joined(Some(worker)),
             tokenizer,
+            room: Room { limits, host_cache_bytes },
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -180,7 +201,7 @@ impl Engine {
     /// # Errors
     /// [`RequestError`]: nothing of the request was or will be computed.
     pub async fn generate(&self, request: Request) -> Result<EventStream, RequestError> {
-        self.hand_over(request)?.await.unwrap_or(Err(RequestError::ShuttingDown))
+        self.hand_over(request, None)?.await.unwrap_or(Err(RequestError::ShuttingDown))
     }
 
     /// [`generate`](Self::generate) for threads without an executor.
@@ -188,17 +209,43 @@ impl Engine {
     /// # Errors
     /// As [`generate`](Self::generate).
     pub fn generate_blocking(&self, request: Request) -> Result<EventStream, RequestError> {
-        self.hand_over(request)?.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
+        self.hand_over(request, None)?.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
     }
 
     fn hand_over(
         &self,
         request: Request,
+        warms: Option<bool>,
     ) -> Result<oneshot::Receiver<Result<EventStream, RequestError>>, RequestError> {
         let (answer, receiver) = oneshot::channel();
         let engine = Arc::clone(&self.inner);
-        self.inner.task(Task::Generate { request: Box::new(request), submitted: Instant::now(), engine, answer })?;
+        self.inner.task(Task::Generate {
+            request: Box::new(request),
+            submitted: Instant::now(),
+            engine,
+            warms,
+            answer,
+        })?;
         Ok(receiver)
+    }
+
+    /// Computes prefixes before anybody asks for them and keeps them in host memory for everybody; blocks until that is done.
+    /// `progress` is called before each with its index and can stop it. What the disk tier has is not computed.
+    ///
+    /// # Errors
+    /// [`WarmError`]: a prefix is no prompt for this model, or the pinned ones need more host memory than there may be. Then nothing
+    /// was computed. Or computing one failed, or `progress` stopped it.
+    pub fn warm(
+        &self,
+        prompts: &[WarmPrompt],
+        progress: impl FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<WarmReport, WarmError> {
+        let submit = |request, is_pinned| {
+            let answer = self.hand_over(request, Some(is_pinned))?;
+            let events = answer.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))?;
+            Ok(warm::cached_tokens(events))
+        };
+        warm::warm(prompts, &*self.inner.tokenizer, self.inner.room, submit, progress)
     }
 
     /// Tokens of a text; `add_special` adds BOS and EOS where the model wants them.
@@ -346,7 +393,7 @@ mod tests {
         for _ in 0..100 {
             let (loaded, info) = sim::load(SimConfig::default());
             let model = Arc::downgrade(&loaded.tokenizer);
-            let engine = Engine::start(loaded, info, SimConfig::default().serving());
+            let engine = Engine::start(loaded, info, SimConfig::default().serving(), None);
             let engine = engine.expect("the system can start a thread");
             let events = engine.generate_blocking(Request::text("x").max_tokens(500)).expect("accepted");
             drop(engine);
@@ -361,7 +408,7 @@ mod tests {
         let (mut loaded, info) = sim::load(SimConfig { n_seq_max: 1, ..SimConfig::default() });
         loaded.backend = Box::new(Broken(loaded.backend.limits()));
         let serving = SimConfig::default().serving();
-        let engine = Engine::start(loaded, info, serving).expect("the system can start a thread");
+        let engine = Engine::start(loaded, info, serving, None).expect("the system can start a thread");
         let streams = (0..3).map_while(|_| engine.generate_blocking(Request::text("x").max_tokens(5)).ok());
         for mut events in streams.collect::<Vec<_>>() {
             assert_eq!(events.blocking_next(), Some(Event::Failed(GenerationError::Shutdown)));

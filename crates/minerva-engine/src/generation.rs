@@ -28,6 +28,8 @@ pub(crate) struct Accepted {
     pub(crate) seed: u64,
     /// Cells are only shared within it.
     pub(crate) namespace: u64,
+    /// Its prompt is to be kept for everybody once it is computed, pinned or not.
+    pub(crate) warms: Option<bool>,
     /// What ends a repetition for DRY; without DRY nothing does.
     pub(crate) breakers: Arc<Breakers>,
     pub(crate) submitted: Instant,
@@ -68,6 +70,7 @@ pub(crate) struct Generation {
     ends: Ends,
     n_logprobs: Option<usize>,
     max_tokens: u32,
+    warms: Option<bool>,
     n_prompt: u32,
     n_cached: u32,
     n_guessed: u32,
@@ -88,7 +91,7 @@ pub(crate) struct Generation {
 
 impl Generation {
     pub(crate) fn new(accepted: Accepted, tokenizer: &dyn Tokenizer, n_vocab: usize, shared: &Arc<Shared>) -> Self {
-        let Accepted { prompt, request, max_tokens, matchers, seed, breakers, submitted, events, .. } = accepted;
+        let Accepted { prompt, request, max_tokens, matchers, seed, breakers, submitted, events, warms, .. } = accepted;
         let mut matchers = matchers.into_iter();
         let choices = (0..request.n).map(|index| {
             let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)))
@@ -116,6 +119,7 @@ impl Generation {
             events,
             n_logprobs: request.logprobs.map(|n| n as usize),
             max_tokens,
+            warms,
             n_prompt: prompt.len() as u32,
             n_cached: 0,
             n_guessed: 0,
@@ -187,6 +191,11 @@ impl Generation {
     pub(crate) fn count_guesses(&mut self, n_guessed: u32, n_right: u32) {
         self.n_guessed += n_guessed;
         self.n_right_guesses += n_right;
+    }
+
+    /// Whether its prompt is to be kept for everybody, and then whether it is pinned.
+    pub(crate) fn warms(&self) -> Option<bool> {
+        self.warms
     }
 
     /// The deadline that the request asked for, in milliseconds.

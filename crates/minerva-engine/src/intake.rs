@@ -40,6 +40,8 @@ pub(crate) enum Task {
         request: Box<Request>,
         submitted: Instant,
         engine: Arc<Inner>,
+        /// Its prompt is to be kept for everybody, pinned or not.
+        warms: Option<bool>,
         answer: oneshot::Sender<Result<EventStream, RequestError>>,
     },
     /// Tokenize a text for its own sake.
@@ -65,6 +67,7 @@ struct Checked {
     request: Request,
     submitted: Instant,
     engine: Arc<Inner>,
+    warms: Option<bool>,
 }
 
 /// A checked request whose constraint is being compiled.
@@ -90,8 +93,9 @@ impl Intake {
         while let Ok(task) = tasks.recv() {
             // A send fails when the caller has left: then the stream is dropped here, which cancels the request.
             match task {
-                Task::Generate { request, submitted, engine, answer } => {
-                    self.accept(*request, submitted, engine, answer);
+                Task::Generate { request, submitted, engine, warms, answer } => {
+                    let checked = self.check(*request, submitted, engine);
+                    self.accept(checked.map(|checked| Checked { warms, ..checked }), answer);
                 }
                 Task::Tokenize { text, add_special, answer } => {
                     let _ = answer.send(self.tokenizer.tokenize(&text, add_special, false));
@@ -102,12 +106,10 @@ impl Intake {
 
     fn accept(
         &self,
-        request: Request,
-        submitted: Instant,
-        engine: Arc<Inner>,
+        checked: Result<Checked, RequestError>,
         answer: oneshot::Sender<Result<EventStream, RequestError>>,
     ) {
-        let _ = match self.check(request, submitted, engine) {
+        let _ = match checked {
             Err(refusal) => answer.send(Err(refusal)),
             Ok(mut checked) => match checked.request.constraint.take() {
                 None => answer.send(self.admit(checked, Vec::new())),
@@ -140,12 +142,12 @@ impl Intake {
             None => room.min(self.pool_share(&request, prompt.len())),
         };
         self.check_pool(&request, prompt.len(), max_tokens)?;
-        Ok(Checked { prompt, max_tokens, request, submitted, engine })
+        Ok(Checked { prompt, max_tokens, request, submitted, engine, warms: None })
     }
 
     /// Puts a request into the queue. `matchers`: the grammar of each choice, or none.
     fn admit(&self, checked: Checked, matchers: Vec<Matcher>) -> Result<EventStream, RequestError> {
-        let Checked { prompt, max_tokens, request, submitted, engine } = checked;
+        let Checked { prompt, max_tokens, request, submitted, engine, warms } = checked;
         if engine.is_closed() {
             return Err(RequestError::ShuttingDown);
         }
@@ -160,7 +162,8 @@ impl Intake {
         };
         let namespace = self.serving.namespace(&request);
         let id = engine.next_id();
-        let accepted = Accepted { prompt, request, max_tokens, matchers, seed, namespace, breakers, submitted, events };
+        let accepted =
+            Accepted { prompt, request, max_tokens, matchers, seed, namespace, warms, breakers, submitted, events };
         engine.send(Command::Submit(id, Box::new(accepted)));
         Ok(EventStream::new(id, n_prompt as u32, receiver, engine))
     }

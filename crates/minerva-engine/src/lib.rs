@@ -6,7 +6,8 @@
 //! [`sim`] runs the engine without a model. [`compat`] is the callback style of the GPU guide.
 //!
 //! # Threads
-//! One engine thread owns the backend (`worker`). One intake thread renders templates and tokenizes (`intake`). A few more
+//! One engine thread owns the backend (`worker`). One intake thread renders templates and tokenizes (`intake`). With a
+//! disk tier one more reads and writes its files (`disk`). A few more
 //! compile grammars and compute their masks (`constrain`). Whoever calls only sends and receives. Any executor will do, and none is needed: see [`Engine::generate_blocking`].
 //!
 //! # Invariants
@@ -26,6 +27,7 @@ mod stream;
 mod breakers;
 mod checkpoints;
 mod constrain;
+mod disk;
 mod ends;
 mod generation;
 mod intake;
@@ -34,6 +36,7 @@ mod queue_watch;
 mod serving;
 mod shared;
 mod timing;
+mod warm;
 mod worker;
 
 pub mod backend;
@@ -53,6 +56,7 @@ mod tune;
 
 pub use config::{DraftConfig, EngineConfig, FlashAttention, KvType};
 pub use constrain::{Constraint, ConstraintError, ConstraintStats};
+pub use disk::{ClientSecret, DiskCache};
 pub use engine::Engine;
 pub use error::{LoadError, RequestError};
 pub use event::{Delta, Event, FinishReason, GenerationError, Summary, TokenInfo, TopToken};
@@ -63,10 +67,13 @@ pub use request::{ChatMessage, MAX_CACHE_KEY_BYTES, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
 pub use scheduler::Miss;
 pub use serving::{CacheIsolation, Speculation};
-pub use sim::{SimConfig, SimDraft, SimMemory};
-pub use status::{BuildInfo, DeviceMemory, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement, PrefixMisses};
+pub use sim::{SimConfig, SimDisk, SimDraft, SimMemory};
+pub use status::{
+    BuildInfo, DeviceMemory, DiskCacheStats, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement, PrefixMisses,
+};
 pub use stream::EventStream;
 pub use timing::{TIMING_BOUNDS_US, TimingStats};
 pub use tune::{
     DEFAULT_BUDGET_MS, Rates, THOROUGH_MS, TuneConfig, TuneMode, TuneReport, TuneRow, TuneSource, TunedSettings,
 };
+pub use warm::{WarmError, WarmPrompt, WarmReport};

@@ -1,26 +1,31 @@
 //! Copies of sequences in host memory, by the names that the scheduler gave them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::scheduler::ParkId;
 
-/// The copies.
+/// The copies. Each is shared with the disk's thread while it is written, and stays here until that is over.
 #[derive(Debug, Default)]
 pub(crate) struct Parking {
-    states: HashMap<ParkId, Vec<u8>>,
+    states: HashMap<ParkId, Arc<Vec<u8>>>,
     bytes: u64,
 }
 
 impl Parking {
     pub(crate) fn keep(&mut self, id: ParkId, state: Vec<u8>) {
         self.bytes += state.len() as u64;
-        if let Some(before) = self.states.insert(id, state) {
+        if let Some(before) = self.states.insert(id, Arc::new(state)) {
             self.bytes -= before.len() as u64;
         }
     }
 
     pub(crate) fn get(&self, id: ParkId) -> Option<&[u8]> {
-        self.states.get(&id).map(Vec::as_slice)
+        self.states.get(&id).map(|state| state.as_slice())
+    }
+
+    pub(crate) fn share(&self, id: ParkId) -> Option<Arc<Vec<u8>>> {
+        self.states.get(&id).map(Arc::clone)
     }
 
     pub(crate) fn drop_all(&mut self, ids: Vec<ParkId>) {

@@ -155,7 +155,7 @@ mod tests {
     fn generate(pool: SamplingPool, requests: &[Request]) -> Vec<Vec<TokenId>> {
         let n_seq_max = 16;
         let (loaded, _) = sim::load(SimConfig { n_seq_max, ..SimConfig::default() });
-        let shared = Arc::new(Shared::new(16 * 1024, n_seq_max.into()));
+        let shared = Arc::new(Shared::new(16 * 1024, n_seq_max.into(), 0, None));
         let (commands, mailbox) = mpsc::channel();
         let mut streams = Vec::new();
         for (id, request) in (0..).zip(requests) {
@@ -168,6 +168,7 @@ mod tests {
                 max_tokens: request.max_tokens.unwrap(),
                 matchers: Vec::new(),
                 seed: request.sampling.seed.unwrap(),
+                warms: None,
                 breakers: Arc::default(),
                 namespace: 0,
                 submitted: Instant::now(),

@@ -1,8 +1,10 @@
 //! Counters and gauges that the engine thread writes and everybody reads, without locks.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use crate::disk::Counters;
 use crate::error::RequestError;
 use crate::scheduler::{Guesses, Miss};
 use crate::status::{EngineStats, PrefixMisses};
@@ -22,6 +24,8 @@ pub(crate) struct Shared {
     parked_bytes: AtomicU64,
     draft_cells: AtomicU64,
     checkpoint_bytes: AtomicU64,
+    host_cache_limit_bytes: u64,
+    disk: Option<Arc<Counters>>,
     totals: Totals,
     /// Time inside the samplers of all choices, in nanoseconds: a token takes less than a microsecond with some parameters.
     sampler_ns: AtomicU64,
@@ -67,7 +71,12 @@ pub(crate) struct QueueLimits {
 }
 
 impl Shared {
-    pub(crate) fn new(cells_total: u64, n_seq_max: u64) -> Self {
+    pub(crate) fn new(
+        cells_total: u64,
+        n_seq_max: u64,
+        host_cache_limit_bytes: u64,
+        disk: Option<Arc<Counters>>,
+    ) -> Self {
         Self {
             start: Instant::now(),
             closed: AtomicBool::new(false),
@@ -81,6 +90,8 @@ impl Shared {
             parked_bytes: AtomicU64::default(),
             draft_cells: AtomicU64::default(),
             checkpoint_bytes: AtomicU64::default(),
+            host_cache_limit_bytes,
+            disk,
             totals: Totals::default(),
             sampler_ns: AtomicU64::default(),
             request_us: AtomicU64::default(),
@@ -122,6 +133,8 @@ impl Shared {
             checkpoints_taken_total: totals.checkpoints_taken.load(Relaxed),
             checkpoints_restored_total: totals.checkpoints_restored.load(Relaxed),
             checkpoint_bytes: self.checkpoint_bytes.load(Relaxed),
+            host_cache_limit_bytes: self.host_cache_limit_bytes,
+            disk_cache: self.disk.as_ref().map(|disk| disk.stats()).unwrap_or_default(),
         }
     }
 

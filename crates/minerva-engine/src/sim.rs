@@ -4,11 +4,14 @@
 //! cell that belongs to somebody else, a missing one or one in the wrong place changes the text. It keeps the books that
 //! llama.cpp keeps and panics when the engine breaks a rule that llama.cpp would abort on.
 
+mod faults;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, StepError, Tokenizer};
+use crate::disk::Opened;
 use crate::drafter::{DraftSettings, Drafter, ModelDrafter};
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
@@ -16,6 +19,8 @@ use crate::scheduler::{DraftLimits, Policy};
 use crate::serving::{CacheIsolation, Serving, Speculation};
 use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
+
+pub use self::faults::SimDisk;
 
 /// Ends a generation.
 pub const END: TokenId = 256;
@@ -85,6 +90,8 @@ pub struct SimConfig {
     pub host_cache_bytes: u64,
     /// The most checkpoints of one text, where memory cannot be cut.
     pub max_checkpoints: u32,
+    /// Files for what does not fit there, and for later runs.
+    pub disk: Option<SimDisk>,
     /// How the next tokens of a sequence are guessed.
     pub speculation: Speculation,
     /// A draft model beside it.
@@ -134,10 +141,15 @@ impl SimConfig {
                     .map(|draft| DraftLimits { max_tokens: draft.max_tokens, min_tokens: draft.min_tokens }),
                 host_cache_bytes: self.host_cache_bytes,
                 max_checkpoints: self.max_checkpoints,
+                disk_cache_bytes: self.disk.as_ref().map_or(0, |disk| disk.cache.limit_bytes),
             },
             isolation: self.cache_isolation,
             trace_path: self.trace_path.clone(),
         }
+    }
+
+    pub(crate) fn open_disk(&self) -> Option<Opened> {
+        self.disk.as_ref()?.open(&self.model_name)
     }
 }
 
@@ -162,6 +174,7 @@ impl Default for SimConfig {
             max_itl_ms: None,
             host_cache_bytes: 1 << 20,
             max_checkpoints: 32,
+            disk: None,
             speculation: Speculation::Auto,
             draft: None,
             period_tokens: None,

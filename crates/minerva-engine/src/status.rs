@@ -174,6 +174,10 @@ pub struct EngineStats {
     pub checkpoints_restored_total: u64,
     /// Host memory that holds checkpoints, in bytes; part of [`host_cache_bytes`](Self::host_cache_bytes).
     pub checkpoint_bytes: u64,
+    /// The most that it may be.
+    pub host_cache_limit_bytes: u64,
+    /// The disk tier; all 0 where there is none.
+    pub disk_cache: DiskCacheStats,
 }
 
 /// Requests whose prompt was computed, by the reason: see [`Miss`].
@@ -225,6 +229,37 @@ impl PrefixMisses {
             Miss::Disabled => self.disabled,
         }
     }
+}
+
+/// What is in the disk tier of the prefix cache, and what became of its files.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskCacheStats {
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// The most that they may be.
+    pub limit_bytes: u64,
+    /// Files, those for other models included.
+    pub files: u64,
+    /// Files that were written.
+    pub written_total: u64,
+    /// Files that were read back.
+    pub hits_total: u64,
+    /// Files that had to go for others, or that a longer one made needless.
+    pub removed_total: u64,
+    /// Files that were dropped because they were none of ours,
+    pub not_ours_total: u64,
+    /// had another version of the format,
+    pub version_total: u64,
+    /// were larger than the limit,
+    pub too_large_total: u64,
+    /// had another length than they said,
+    pub length_total: u64,
+    /// had a wrong checksum,
+    pub checksum_total: u64,
+    /// or could not be read.
+    pub unreadable_total: u64,
+    /// It could not be written and is not used any more.
+    pub switched_off: bool,
 }
 
 /// The build: what a bug report should say.

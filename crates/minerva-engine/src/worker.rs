@@ -2,14 +2,17 @@
 //!
 //! It alone touches the backend. Everything it shares is in [`Shared`], which others read without waiting for a step.
 
+mod tiers;
+
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Loaded, SeqId, StepError, Tokenizer};
 use crate::checkpoints::Checkpoints;
+use crate::disk::{Answer, DiskTier};
 use crate::drafter::{Drafter, Wish};
 use crate::event::GenerationError;
 use crate::generation::{Accepted, Advance, Generation};
@@ -28,6 +31,8 @@ pub(crate) enum Command {
     Submit(RequestId, Box<Accepted>),
     /// Its caller is gone.
     Cancel(RequestId),
+    /// Something was written or read.
+    Disk(Answer),
     /// Fail what runs and end.
     Shutdown,
 }
@@ -47,6 +52,7 @@ pub(crate) struct Worker {
     /// What is wanted of it; here for its room.
     wishes: Vec<Wish>,
     checkpoints: Checkpoints,
+    disk: Option<DiskTier>,
     pub(crate) pool: SamplingPool,
     /// Turns the keys of hints into numbers; another one in each engine, so that a trace tells nothing of them.
     keys: RandomState,
@@ -72,6 +78,7 @@ impl Worker {
             drafter: loaded.drafter,
             wishes: Vec::new(),
             checkpoints: Checkpoints::new(limits.checkpoints_need_cells),
+            disk: None,
             pool: SamplingPool::default(),
             keys: RandomState::new(),
             watch: QueueWatch::default(),
@@ -87,6 +94,7 @@ impl Worker {
         while self.read_mailbox() {
             self.turn();
         }
+        self.flush();
     }
 
     /// Takes all commands; waits for one when there is nothing to compute. `false` ends the engine.
@@ -94,6 +102,16 @@ impl Worker {
         if self.scheduler.is_idle() {
             let Ok(command) = self.mailbox.recv() else { return false };
             if !self.obey(command) {
+                return false;
+            }
+        } else if let Some(until_us) = self.scheduler.waits_until_us(self.clock_us(Instant::now())) {
+            let wait = Duration::from_micros(until_us.saturating_sub(self.clock_us(Instant::now())));
+            let goes_on = match self.mailbox.recv_timeout(wait) {
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => true,
+                Err(RecvTimeoutError::Disconnected) => false,
+            };
+            if !goes_on {
                 return false;
             }
         }
@@ -122,6 +140,7 @@ impl Worker {
                 self.generations.insert(id, generation);
             }
             Command::Cancel(id) => self.cancel(id),
+            Command::Disk(answer) => self.disk_answered(answer),
             Command::Shutdown => return false,
         }
         true
@@ -213,6 +232,7 @@ impl Worker {
             self.seat(admission, began);
             self.copy_prefixes();
         }
+        self.use_tiers();
         self.tell_queue(now_us, began);
         let mut backend_us = self.draft();
         let mut step = std::mem::take(&mut self.step);
@@ -368,10 +388,7 @@ impl Worker {
                 }
                 // It may be what a move lost.
                 CacheOp::Park { at, .. } if !is_moved => self.scheduler.park_lost(at),
-                CacheOp::Park { seq, at, .. } => match self.backend.save(seq) {
-                    Some(state) => self.parking.keep(at, state),
-                    None => self.scheduler.park_failed(at),
-                },
+                CacheOp::Park { seq, at, .. } => drop(self.park(seq, at)),
                 CacheOp::Unpark { at, seq, n_tokens } => {
                     if self.parking.get(at).is_some_and(|state| self.backend.restore(seq, state)) {
                         self.shared.count_restored(u64::from(n_tokens));
@@ -409,6 +426,7 @@ impl Worker {
         for checkpoint in taken {
             match self.checkpoints.take(&mut *self.backend, checkpoint) {
                 Some(state) => {
+                    self.scheduler.park_saved(checkpoint.at, state.len() as u64);
                     self.parking.keep(checkpoint.at, state);
                     self.shared.count_checkpoint_taken();
                 }
@@ -542,9 +560,12 @@ impl Worker {
         match advance {
             Ok(Advance::Continues(token)) => return Some(token),
             Ok(Advance::Finished) => {
-                let done = self.generations.get(&id).is_some_and(Generation::is_done);
+                let generation = self.generations.get(&id);
+                let (done, warms) =
+                    (generation.is_some_and(Generation::is_done), generation.and_then(Generation::warms));
                 self.release(seq);
-                if done {
+                let is_kept = warms.is_none_or(|is_pinned| self.keep_warm(id, seq, is_pinned));
+                if done && is_kept {
                     self.finish(id, now);
                 }
             }

@@ -32,6 +32,7 @@ mod shutdown;
 mod sse;
 mod state;
 mod tune_command;
+mod warm_file;
 
 pub use config::{Config, ConfigError};
 pub use server::{Outcome, Server};

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use minerva_engine::{Engine, EngineConfig, LoadError, LoadProgress, SimConfig};
+use minerva_engine::{Engine, EngineConfig, LoadError, LoadProgress, SimConfig, SimDisk, WarmError};
 use tokio::sync::oneshot;
 use tracing::{debug, error, info};
 
 use crate::config::{Config, ConfigError};
 use crate::state::{App, Phase};
+use crate::warm_file::WarmFile;
 
 /// What to load, checked before the server listens.
 pub(crate) enum Source {
@@ -30,10 +31,14 @@ impl Source {
             cache_isolation: config.performance.cache_isolation,
             speculation: config.performance.speculation,
             trace_path: config.performance.trace_file.clone(),
+            disk: config.disk_cache().map(|cache| SimDisk { cache, ..SimDisk::default() }),
             ..SimConfig::default()
         };
         if let Some(n) = config.performance.batch_size {
             sim.n_seq_max = n;
+        }
+        if let Some(bytes) = config.performance.cache_size_mb {
+            sim.host_cache_bytes = bytes;
         }
         if let Some(tokens) = config.gpu.context_size {
             sim.context_length_tokens = tokens;
@@ -53,12 +58,12 @@ pub(crate) struct Load {
 
 impl Load {
     /// Begins to load `source`; `app` is told how far it is, and given the engine.
-    pub(crate) fn start(app: Arc<App>, source: Source) -> std::io::Result<Self> {
+    pub(crate) fn start(app: Arc<App>, source: Source, warm: Option<WarmFile>) -> std::io::Result<Self> {
         let cancel = Arc::new(AtomicBool::new(false));
         let (send, done) = oneshot::channel();
         let is_cancelled = Arc::clone(&cancel);
         std::thread::Builder::new().name("minerva-load".to_owned()).spawn(move || {
-            let _ = send.send(load(&app, source, &is_cancelled));
+            let _ = send.send(load(&app, source, warm.as_ref(), &is_cancelled));
         })?;
         Ok(Self { cancel, done })
     }
@@ -74,12 +79,13 @@ impl Load {
     }
 }
 
-fn load(app: &App, source: Source, is_cancelled: &AtomicBool) -> Result<(), LoadError> {
+fn load(app: &App, source: Source, warm: Option<&WarmFile>, is_cancelled: &AtomicBool) -> Result<(), LoadError> {
     let config = match source {
         Source::Simulator(sim) => {
             info!("answering with the simulator: there is no model");
-            app.set_phase(Phase::Ready(Engine::simulate(*sim)));
-            return Ok(());
+            let engine = Engine::simulate(*sim);
+            let warmed = warm.map_or(Ok(()), |warm| warm_up(app, &engine, warm, is_cancelled));
+            return warmed.map(|()| app.set_phase(Phase::Ready(engine))).inspect_err(|problem| failed(app, problem));
         }
         Source::Model(config) => config,
     };
@@ -101,7 +107,10 @@ fn load(app: &App, source: Source, is_cancelled: &AtomicBool) -> Result<(), Load
         app.set_phase(Phase::Loading(progress.clone()));
         if is_cancelled.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    match Engine::load(*config, progress) {
+    let loaded = Engine::load(*config, progress);
+    let warmed = loaded
+        .and_then(|engine| warm.map_or(Ok(()), |warm| warm_up(app, &engine, warm, is_cancelled)).map(|()| engine));
+    match warmed {
         Ok(engine) => {
             let info = engine.info();
             let placement = &info.placement;
@@ -122,13 +131,43 @@ fn load(app: &App, source: Source, is_cancelled: &AtomicBool) -> Result<(), Load
             Ok(())
         }
         Err(problem) => {
-            if !matches!(problem, LoadError::Cancelled) {
-                error!("cannot load the model: {}", chain(&problem));
-                app.set_phase(Phase::Failed);
-            }
+            failed(app, &problem);
             Err(problem)
         }
     }
+}
+
+fn failed(app: &App, problem: &LoadError) {
+    if !matches!(problem, LoadError::Cancelled) {
+        error!("cannot load the model: {}", chain(problem));
+        app.set_phase(Phase::Failed);
+    }
+}
+
+/// Computes what is to be there before the first request.
+fn warm_up(app: &App, engine: &Engine, warm: &WarmFile, is_cancelled: &AtomicBool) -> Result<(), LoadError> {
+    let (started, n) = (Instant::now(), warm.prompts.len());
+    let progress = |index: usize| {
+        let fraction = index as f32 / n.max(1) as f32;
+        app.set_phase(Phase::Loading(LoadProgress { stage: "warming prompts".to_owned(), fraction }));
+        if is_cancelled.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let in_line = |index: usize, source: &dyn std::error::Error| LoadError::Setting {
+        name: "performance.warm_file",
+        problem: format!("cannot be used: {}, line {}: {}", warm.path.display(), warm.line(index), chain(source)),
+    };
+    let report = engine.warm(&warm.prompts, progress).map_err(|problem| match problem {
+        WarmError::Cancelled => LoadError::Cancelled,
+        WarmError::Prompt { index, source } => in_line(index, &source),
+        WarmError::Failed { index, source } => in_line(index, &source),
+        problem => LoadError::Setting {
+            name: "performance.warm_file",
+            problem: format!("cannot be used: {problem}; `--cache-size` raises it"),
+        },
+    })?;
+    let (tokens, computed, pinned_bytes) = (report.n_tokens, report.n_computed, report.pinned_bytes);
+    info!(prompts = n, tokens, computed, pinned_bytes, seconds = started.elapsed().as_secs_f32(), "prompts are warm");
+    Ok(())
 }
 
 /// An error with everything below it.

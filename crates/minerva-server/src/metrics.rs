@@ -157,6 +157,11 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("draft_kv_cells_used", "KV cells that the draft model holds.", stats.draft_cells_used),
         ("host_cache_bytes", "Host memory with copies of sequences.", stats.host_cache_bytes),
         ("checkpoint_bytes", "Host memory with checkpoints, part of the copies of sequences.", stats.checkpoint_bytes),
+        ("host_cache_limit_bytes", "The most that it may be.", stats.host_cache_limit_bytes),
+        ("disk_cache_bytes", "Files of the disk cache.", stats.disk_cache.bytes),
+        ("disk_cache_limit_bytes", "The most that they may be.", stats.disk_cache.limit_bytes),
+        ("disk_cache_files", "Files of the disk cache.", stats.disk_cache.files),
+        ("disk_cache_switched_off", "Whether the disk could not be written.", u64::from(stats.disk_cache.switched_off)),
     ] {
         text.single(name, "gauge", help, value as f64);
     }
@@ -175,6 +180,8 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("restored_tokens_total", "Tokens whose cells came back from host memory.", stats.restored_tokens_total),
         ("checkpoints_taken_total", "Checkpoints taken of memory that cannot be cut.", stats.checkpoints_taken_total),
         ("checkpoints_restored_total", "Checkpoints that a prompt went on from.", stats.checkpoints_restored_total),
+        ("disk_cache_hits_total", "Files of the disk cache that were read back.", stats.disk_cache.hits_total),
+        ("disk_cache_writes_total", "Files of the disk cache that were written.", stats.disk_cache.written_total),
         ("engine_steps_total", "Steps submitted to the backend.", stats.steps_total),
         ("engine_failed_steps_total", "Steps that the backend failed to compute.", stats.failed_steps_total),
     ] {
@@ -184,6 +191,19 @@ fn print_engine(text: &mut Text, phase: &Phase) {
     for miss in Miss::ALL {
         let count = stats.prefix_misses.of(miss) as f64;
         text.sample("prefix_cache_misses_total", &[("reason", miss.name())], count);
+    }
+    let disk = &stats.disk_cache;
+    text.head("disk_cache_drops_total", "counter", "Files of the disk cache that are gone, by reason.");
+    for (reason, n) in [
+        ("no_room", disk.removed_total),
+        ("not_ours", disk.not_ours_total),
+        ("version", disk.version_total),
+        ("too_large", disk.too_large_total),
+        ("length", disk.length_total),
+        ("checksum", disk.checksum_total),
+        ("unreadable", disk.unreadable_total),
+    ] {
+        text.sample("disk_cache_drops_total", &[("reason", reason)], n as f64);
     }
     let seconds = |us: u64| us as f64 / 1e6;
     text.single("engine_backend_seconds_total", "counter", "Time inside the backend.", seconds(stats.backend_us_total));

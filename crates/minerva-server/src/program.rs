@@ -19,6 +19,7 @@ use crate::config::{self, Action, Config, ConfigError, Invocation, Loaded, Progr
 use crate::load::{Load, Source};
 use crate::server::Server;
 use crate::shutdown::{Signals, end_now};
+use crate::warm_file::WarmFile;
 use crate::{doctor, limits, logging, plan_command, probing, rpc_worker, tune_command};
 
 /// How long a load may take to notice that it was cancelled.
@@ -74,8 +75,11 @@ fn serve(loaded: Loaded) -> ExitCode {
     for warning in warnings {
         warn!("{warning}");
     }
-    let mut source = match config.address().and_then(|_| Source::new(&config)) {
-        Ok(source) => source,
+    let warm = config.performance.warm_file.as_deref().map(WarmFile::read).transpose();
+    let checked =
+        warm.and_then(|warm| config.address().and_then(|_| Source::new(&config)).map(|source| (source, warm)));
+    let (mut source, warm) = match checked {
+        Ok(checked) => checked,
         Err(problem) => return refuse(&problem),
     };
     // Before the server listens: it asks llama.cpp what it is.
@@ -94,7 +98,7 @@ fn serve(loaded: Loaded) -> ExitCode {
         .build();
     let result = match runtime {
         Ok(runtime) => {
-            let result = runtime.block_on(serve_until_signal(config, source));
+            let result = runtime.block_on(serve_until_signal(config, source, warm));
             runtime.shutdown_timeout(Duration::from_millis(100));
             result
         }
@@ -113,12 +117,12 @@ fn serve(loaded: Loaded) -> ExitCode {
     }
 }
 
-async fn serve_until_signal(config: Config, source: Source) -> anyhow::Result<()> {
+async fn serve_until_signal(config: Config, source: Source, warm: Option<WarmFile>) -> anyhow::Result<()> {
     let signals = Signals::new().context("cannot listen for signals")?;
     let server = Server::bind(config).await?;
     let address = server.local_address()?;
     info!("listening on http://{address}");
-    let mut load = Load::start(server.app(), source).context("cannot start a thread")?;
+    let mut load = Load::start(server.app(), source, warm).context("cannot start a thread")?;
     let mut signal = std::pin::pin!(signals.received());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(server.run(async {

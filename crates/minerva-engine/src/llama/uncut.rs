@@ -196,7 +196,7 @@ fn engine(model: &Arc<Model>, setup: &Setup) -> Engine {
     assert!(!limits.keeps_beginnings && limits.n_vocab == N_VOCAB as usize, "{limits:?}");
     let (simulated, info) = sim::load(config);
     let loaded = Loaded { backend: Box::new(backend), tokenizer: simulated.tokenizer, drafter: None };
-    Engine::start(loaded, info, serving).expect("the system can start a thread")
+    Engine::start(loaded, info, serving, None).expect("the system can start a thread")
 }
 
 /// Tokens and their log-probabilities.

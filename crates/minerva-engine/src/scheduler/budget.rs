@@ -85,8 +85,34 @@ impl Budget {
         self.costs.learn(work, step_us);
     }
 
-    /// What a prompt's first token takes, in microseconds; 0 while nothing is known.
-    pub(super) fn prefill_token_us(&self) -> f64 {
-        self.costs.prefill_token_us(0.0).unwrap_or(0.0)
+    /// What a prompt takes.
+    pub(super) fn prompt_cost(&self) -> PromptCost {
+        let at = |pos| self.costs.prefill_token_us(pos).unwrap_or(0.0);
+        PromptCost { first_us: at(0.0), slope_us: (at(SLOPE_TOKENS) - at(0.0)) / SLOPE_TOKENS }
+    }
+}
+
+/// Places between which the slope of a prompt's cost is taken, in tokens.
+const SLOPE_TOKENS: f64 = 1024.0;
+
+/// What a prompt takes to compute: its first token, and what each further place adds to a token, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct PromptCost {
+    first_us: f64,
+    slope_us: f64,
+}
+
+impl PromptCost {
+    /// The time for a prompt of so many tokens, in microseconds; `None` while nothing is known.
+    pub(super) fn of(self, n_tokens: usize) -> Option<f64> {
+        let n_tokens = n_tokens as f64;
+        (self.first_us > 0.0).then(|| n_tokens * (self.first_us + self.slope_us * n_tokens / 2.0))
+    }
+
+    /// What bytes that save computing so many tokens are worth, after so many uses of others since their own last one: time saved per
+    /// byte and age. Only comparisons mean anything.
+    pub(super) fn worth(self, n_tokens: usize, n_bytes: u64, age: u64) -> f64 {
+        let saved = self.of(n_tokens).unwrap_or(n_tokens as f64);
+        saved / (n_bytes.max(1) as f64 * age.max(1) as f64)
     }
 }

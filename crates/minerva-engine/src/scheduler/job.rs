@@ -59,6 +59,9 @@ pub struct Policy {
     /// The most checkpoints of one text, where memory cannot be cut; 0 is none.
     #[serde(default)]
     pub max_checkpoints: u32,
+    /// Bytes of disk for what lies in host memory and what had to leave it.
+    #[serde(default)]
+    pub disk_cache_bytes: u64,
     /// Whether tokens may be guessed from what a text has said before.
     pub guess: bool,
     /// How a draft model may be used; `None` without one.

@@ -14,6 +14,7 @@
 
 mod budget;
 mod cost;
+mod disk;
 mod draft;
 mod hints;
 mod job;
@@ -25,9 +26,12 @@ mod seats;
 #[cfg(test)]
 mod tests;
 mod trace;
+mod warm;
 
 pub use budget::{Budget, Demand};
 pub use cost::Work;
+use disk::Disk;
+pub use disk::{DiskOp, FileId, OnDisk, Wrote};
 pub use hints::Keep;
 pub use job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 use outlook::Answers;
@@ -38,6 +42,7 @@ use seats::{Asked, Seats};
 pub use seats::{Guesses, Miss};
 pub(crate) use trace::Traced;
 pub use trace::{ReplayError, Replayed, replay};
+pub use warm::Warmed;
 
 use serde::{Deserialize, Serialize};
 
@@ -188,6 +193,7 @@ pub struct Scheduler {
     policy: Policy,
     queue: Queue,
     seats: Seats,
+    disk: Disk,
     budget: Budget,
     answers: Answers,
     /// The order in which prompts get their share of a step; here for its room.
@@ -208,6 +214,7 @@ impl Scheduler {
             policy,
             queue: Queue::default(),
             seats: Seats::new(limits, policy),
+            disk: Disk::new(policy.disk_cache_bytes),
             budget: Budget::new(limits),
             answers: Answers::default(),
             prompts: Vec::new(),
@@ -226,6 +233,7 @@ impl Scheduler {
     /// Removes what waits of a request. `true` when it had not begun.
     pub fn remove_waiting(&mut self, id: RequestId) -> bool {
         let (was_new, parked) = self.queue.remove(id);
+        self.let_go(id);
         for at in parked {
             self.seats.parked.forget(at);
         }
@@ -234,7 +242,11 @@ impl Scheduler {
 
     /// Requests that have not begun and whose deadline is over: they are out of the queue.
     pub fn expired(&mut self, now_us: u64) -> Vec<RequestId> {
-        self.queue.expired(now_us)
+        let late = self.queue.expired(now_us);
+        for &id in &late {
+            self.let_go(id);
+        }
+        late
     }
 
     /// Requests that have not begun, and their prompt tokens.
@@ -259,7 +271,9 @@ impl Scheduler {
 
     /// Seats the request that is next, if there is room for it or others have to yield. Call until it returns `None`.
     pub fn admit(&mut self, now_us: u64) -> Option<Admission> {
-        let next = self.queue.next(now_us, |client| self.seats.n_running(client))?;
+        self.use_disk(now_us);
+        let (seats, disk) = (&self.seats, &self.disk);
+        let next = self.queue.next(now_us, |client| seats.n_running(client), |id| !disk.holds(id, now_us))?;
         // Nobody overtakes a large request that waits for more room.
         let victims = self.seats.victims(&self.queue.at(next).job)?;
         let mut ops = Vec::new();
@@ -276,6 +290,12 @@ impl Scheduler {
         {
             let queued = self.queue.n_shared_each(&waiting.job);
             self.seats.plan_stops(first, admission.n_cached as usize, &queued);
+        }
+        self.let_go(waiting.job.id);
+        for op in &ops {
+            if let CacheOp::Unpark { at, .. } = *op {
+                self.touch_file(at);
+            }
         }
         Some(Admission { preempted: victims, ops, ..admission })
     }
@@ -464,7 +484,7 @@ impl Scheduler {
             },
             step_us,
         );
-        self.seats.parked.learn(self.budget.prefill_token_us());
+        self.seats.parked.learn(self.budget.prompt_cost());
         self.taken.extend(self.seats.take_checkpoints());
     }
 

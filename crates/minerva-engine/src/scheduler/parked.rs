@@ -3,12 +3,15 @@
 
 mod checkpoints;
 mod keeping;
+mod tiers;
 
 use std::collections::BTreeMap;
 
 pub(super) use checkpoints::Reach;
 use serde::{Deserialize, Serialize};
+use tiers::Tier;
 
+use super::budget::PromptCost;
 use super::job::Terms;
 use super::seats::common;
 use crate::backend::BackendLimits;
@@ -35,6 +38,7 @@ struct Entry {
     /// What a sequence held at an earlier length, or the part of it that does not stay in its cells.
     is_checkpoint: bool,
     stamp: u64,
+    tier: Tier,
 }
 
 /// A beginning of a prompt in host memory.
@@ -47,6 +51,8 @@ pub(super) struct Found {
     pub(super) n_tokens: usize,
     /// The checkpoint that this takes, where they cannot be had by a cut.
     pub(super) rewind: Option<ParkId>,
+    /// It was put here on purpose, to be used however short it is.
+    pub(super) is_warm: bool,
 }
 
 /// All of them.
@@ -63,8 +69,8 @@ pub(super) struct Parked {
     dropped: Vec<ParkId>,
     /// Nothing has failed yet.
     works: bool,
-    /// Time to compute one token of a prompt, in microseconds; 0 while unknown.
-    token_us: f64,
+    /// Time to compute a prompt.
+    cost: PromptCost,
 }
 
 impl Parked {
@@ -79,23 +85,31 @@ impl Parked {
             clock: 0,
             dropped: Vec::new(),
             works,
-            token_us: 0.0,
+            cost: PromptCost::default(),
         }
     }
 
-    pub(super) fn learn(&mut self, token_us: f64) {
-        self.token_us = token_us;
+    pub(super) fn learn(&mut self, cost: PromptCost) {
+        self.cost = cost;
     }
 
     pub(super) fn bytes(&self) -> u64 {
         self.n_bytes
     }
 
-    /// Room for cells that hold `tokens`, where copying them is quicker than computing them. The oldest that nobody goes on from give
-    /// way.
+    /// Room for cells that hold `tokens`, where copying them is quicker than computing them. What is worth least of what nobody goes
+    /// on from gives way.
     pub(super) fn park(&mut self, tokens: &[TokenId], namespace: u64, is_owned: bool) -> Option<ParkId> {
         let n_bytes = self.bytes_of(tokens.len());
-        if !self.works || tokens.is_empty() || !self.pays(tokens.len(), n_bytes) || !self.make_room(n_bytes) {
+        if tokens.is_empty() || !self.pays(tokens.len(), n_bytes) {
+            return None;
+        }
+        self.put(tokens, namespace, is_owned)
+    }
+
+    fn put(&mut self, tokens: &[TokenId], namespace: u64, is_owned: bool) -> Option<ParkId> {
+        let n_bytes = self.bytes_of(tokens.len());
+        if !self.works || !self.make_room(n_bytes) {
             return None;
         }
         Some(self.add(tokens, namespace, n_bytes, is_owned, false))
@@ -104,14 +118,15 @@ impl Parked {
     fn add(&mut self, tokens: &[TokenId], namespace: u64, n_bytes: u64, is_owned: bool, is_checkpoint: bool) -> ParkId {
         self.clock += 1;
         let (id, tokens) = (self.clock, tokens.to_vec());
-        self.entries.push(Entry { id, tokens, namespace, n_bytes, is_owned, is_checkpoint, stamp: id });
+        let tier = Tier::default();
+        self.entries.push(Entry { id, tokens, namespace, n_bytes, is_owned, is_checkpoint, stamp: id, tier });
         self.n_bytes += n_bytes;
         id
     }
 
     fn pays(&self, n_tokens: usize, n_bytes: u64) -> bool {
         let copy_us = (n_bytes / COPIED_BYTES_PER_US) as f64;
-        self.token_us <= 0.0 || copy_us < self.token_us * n_tokens as f64
+        self.cost.of(n_tokens).is_none_or(|us| copy_us < us)
     }
 
     /// Whether so many tokens can be copied out without anybody who is listening to a stream noticing.
@@ -123,26 +138,13 @@ impl Parked {
         self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64 + self.window_bytes(n_tokens)
     }
 
-    fn make_room(&mut self, n_bytes: u64) -> bool {
-        let owned: u64 = self.entries.iter().filter(|entry| entry.is_owned).map(|entry| entry.n_bytes).sum();
-        if owned + n_bytes > self.limit_bytes {
-            return false;
-        }
-        while self.n_bytes + n_bytes > self.limit_bytes {
-            let free = self.entries.iter().filter(|entry| !entry.is_owned);
-            let Some(oldest) = free.min_by_key(|entry| entry.stamp).map(|entry| entry.id) else { return false };
-            self.forget(oldest);
-        }
-        true
-    }
-
     /// What most of `prompt` can be had from. Memory that cannot be cut has to be used whole, or with a checkpoint.
     pub(super) fn best(&self, prompt: &[TokenId], namespace: u64) -> Option<Found> {
-        let complete = self.entries.iter().filter(|entry| entry.namespace == namespace && !self.is_part(entry));
+        let complete = self.entries.iter().filter(|entry| entry.is_for(namespace) && !self.is_part(entry));
         let found = complete.map(|entry| {
             let (n_tokens, n_common) = (entry.tokens.len(), common(&entry.tokens, prompt).min(prompt.len() - 1));
             let Reach { n_tokens: n_shared, rewind } = self.reach(n_tokens, n_common, prompt, namespace);
-            Found { id: entry.id, n_shared, n_tokens, rewind }
+            Found { id: entry.id, n_shared, n_tokens, rewind, is_warm: entry.tier.is_warm }
         });
         found.max_by_key(|found| (found.n_shared, found.id))
     }
@@ -162,7 +164,7 @@ impl Parked {
 
     /// How many of `tokens` lie here already.
     pub(super) fn n_held(&self, tokens: &[TokenId], namespace: u64) -> usize {
-        let same = self.entries.iter().filter(|entry| entry.namespace == namespace && !self.is_part(entry));
+        let same = self.entries.iter().filter(|entry| entry.is_for(namespace) && !self.is_part(entry));
         let held = same.map(|entry| {
             let n_common = common(&entry.tokens, tokens);
             self.reach(entry.tokens.len(), n_common, tokens, namespace).n_tokens
@@ -175,6 +177,7 @@ impl Parked {
         let clock = self.clock;
         if let Some(entry) = self.entries.iter_mut().find(|entry| entry.id == id) {
             entry.stamp = clock;
+            entry.tier.is_refused = false;
         }
     }
 

@@ -31,6 +31,8 @@ pub(super) struct Waiting {
     pub(super) resume: Option<Resume>,
     since_us: u64,
     order: u64,
+    /// Somebody saw whether there is a file for it.
+    looked: bool,
 }
 
 /// A choice that ran before.
@@ -81,13 +83,13 @@ impl Queue {
         self.clock += 1;
         self.n_new += 1;
         self.n_new_tokens += job.prompt.len();
-        self.waiting.push(Waiting { job, resume: None, since_us: now_us, order: self.clock });
+        self.waiting.push(Waiting { job, resume: None, since_us: now_us, order: self.clock, looked: false });
     }
 
     /// A request that ran waits again, in its old place.
     pub(super) fn push_back(&mut self, job: Job, resume: Resume) {
         let Resume { since_us, order, .. } = resume;
-        self.waiting.push(Waiting { job, resume: Some(resume), since_us, order });
+        self.waiting.push(Waiting { job, resume: Some(resume), since_us, order, looked: true });
     }
 
     /// Removes all that waits of a request; what it kept is in the second list. `true` when it never ran.
@@ -122,10 +124,26 @@ impl Queue {
         self.waiting.is_empty()
     }
 
-    /// The place of the next one; `n_running` is how many sequences a client has.
-    pub(super) fn next(&self, now_us: u64, n_running: impl Fn(ClientId) -> usize) -> Option<usize> {
+    /// Who waits.
+    pub(super) fn ids(&self) -> impl Iterator<Item = RequestId> {
+        self.waiting.iter().map(|waiting| waiting.job.id)
+    }
+
+    /// Requests that may reuse what is in a file and for which nobody has looked there.
+    pub(super) fn unlooked(&mut self) -> impl Iterator<Item = (&Job, &mut bool)> {
+        let new = self.waiting.iter_mut().filter(|waiting| !waiting.looked && waiting.job.reuse);
+        new.map(|waiting| (&waiting.job, &mut waiting.looked))
+    }
+
+    /// The place of the next one of those that `may_start`; `n_running` is how many sequences a client has.
+    pub(super) fn next(
+        &self,
+        now_us: u64,
+        n_running: impl Fn(ClientId) -> usize,
+        may_start: impl Fn(RequestId) -> bool,
+    ) -> Option<usize> {
         let best = self.waiting.iter().map(|waiting| waiting.job.terms.priority).min()?;
-        (0..self.waiting.len()).min_by_key(|&at| {
+        (0..self.waiting.len()).filter(|&at| may_start(self.waiting[at].job.id)).min_by_key(|&at| {
             let waiting = &self.waiting[at];
             let client = waiting.job.terms.client;
             (waiting.rank(now_us, best), n_running(client), self.served(client), waiting.due_us(), waiting.order)

@@ -88,6 +88,11 @@ impl Seat {
         &self.tokens
     }
 
+    /// What is computed.
+    pub(super) fn held(&self) -> &[TokenId] {
+        &self.tokens[..self.n_cells]
+    }
+
     /// More tokens that it may come to have.
     pub(super) fn n_left(&self) -> usize {
         self.reserved.saturating_sub(self.tokens.len())

@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Admission, Checkpoint, Copy, Guesses, Job, ParkId, Place, Policy, RequestId, Scheduler, Step};
+use super::{
+    Admission, CacheOp, Checkpoint, Copy, DiskOp, FileId, Guesses, Job, OnDisk, ParkId, Place, Policy, RequestId,
+    Scheduler, Step, Warmed, Wrote,
+};
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
@@ -50,6 +53,14 @@ enum Call {
     CutFailed { seq: SeqId },
     Release { seq: SeqId },
     Discard { seq: SeqId },
+    ParkSaved { at: ParkId, n_bytes: u64 },
+    ParkLast { op: Option<CacheOp> },
+    KeepWarm { seq: SeqId, is_pinned: bool, warmed: Warmed },
+    DiskFound { files: Vec<OnDisk>, namespaces: Vec<u64> },
+    DiskOps { ops: Vec<DiskOp> },
+    DiskRead { at: ParkId, was_read: bool, took_us: u64, is_wanted: bool },
+    DiskWrote { file: FileId, outcome: Wrote },
+    DiskOff,
 }
 
 /// Rows of one sequence in a step: from which place, how many, and how many of the last ones ask for scores.
@@ -288,6 +299,70 @@ impl Traced {
         self.forget_prefix(seq);
     }
 
+    pub(crate) fn park_saved(&mut self, at: ParkId, n_bytes: u64) {
+        self.note(|_| Call::ParkSaved { at, n_bytes });
+        self.scheduler.park_saved(at, n_bytes);
+    }
+
+    pub(crate) fn park_last(&mut self) -> Option<CacheOp> {
+        let op = self.scheduler.park_last();
+        self.note(|_| Call::ParkLast { op });
+        op
+    }
+
+    pub(crate) fn keep_warm(&mut self, seq: SeqId, is_pinned: bool) -> Warmed {
+        let warmed = self.scheduler.keep_warm(seq, is_pinned);
+        self.note(|_| Call::KeepWarm { seq, is_pinned, warmed });
+        warmed
+    }
+
+    pub(crate) fn disk_found(&mut self, files: Vec<OnDisk>, namespaces: Vec<u64>) {
+        self.note(|writer| {
+            let hide = |file: &OnDisk| {
+                let tokens = file.tokens.iter().map(|&token| writer.hide(token)).collect();
+                OnDisk { tokens, ..*file }
+            };
+            Call::DiskFound { files: files.iter().map(hide).collect(), namespaces: namespaces.clone() }
+        });
+        self.scheduler.disk_found(files, namespaces);
+    }
+
+    pub(crate) fn disk_ops(&mut self) -> Vec<DiskOp> {
+        let ops = self.scheduler.disk_ops();
+        if !ops.is_empty() {
+            self.note(|_| Call::DiskOps { ops: ops.clone() });
+        }
+        ops
+    }
+
+    pub(crate) fn disk_read(&mut self, at: ParkId, was_read: bool, took_us: u64) -> bool {
+        let is_wanted = self.scheduler.disk_read(at, was_read, took_us);
+        self.note(|_| Call::DiskRead { at, was_read, took_us, is_wanted });
+        is_wanted
+    }
+
+    pub(crate) fn disk_wrote(&mut self, file: FileId, outcome: Wrote) {
+        self.note(|_| Call::DiskWrote { file, outcome });
+        self.scheduler.disk_wrote(file, outcome);
+    }
+
+    pub(crate) fn disk_off(&mut self) {
+        self.note(|_| Call::DiskOff);
+        self.scheduler.disk_off();
+    }
+
+    pub(crate) fn parked(&self, at: ParkId) -> Option<(&[TokenId], u64)> {
+        self.scheduler.parked(at)
+    }
+
+    pub(crate) fn is_writing(&self) -> bool {
+        self.scheduler.is_writing()
+    }
+
+    pub(crate) fn waits_until_us(&self, now_us: u64) -> Option<u64> {
+        self.scheduler.waits_until_us(now_us)
+    }
+
     pub(crate) fn guesses(&mut self) -> Guesses {
         self.scheduler.guesses()
     }
@@ -438,6 +513,7 @@ impl Call {
             | Self::Settle { seq, .. }
             | Self::CutFailed { seq }
             | Self::Release { seq }
+            | Self::KeepWarm { seq, .. }
             | Self::Discard { seq } => Some(seq),
             _ => None,
         }
@@ -474,6 +550,16 @@ impl Call {
             Self::CutFailed { seq } => scheduler.cut_failed(*seq),
             Self::Release { seq } => scheduler.release(*seq),
             Self::Discard { seq } => scheduler.discard(*seq),
+            Self::ParkSaved { at, n_bytes } => scheduler.park_saved(*at, *n_bytes),
+            Self::ParkLast { op } => *op = scheduler.park_last(),
+            Self::KeepWarm { seq, is_pinned, warmed } => *warmed = scheduler.keep_warm(*seq, *is_pinned),
+            Self::DiskFound { files, namespaces } => scheduler.disk_found(files.clone(), namespaces.clone()),
+            Self::DiskOps { ops } => *ops = scheduler.disk_ops(),
+            Self::DiskRead { at, was_read, took_us, is_wanted } => {
+                *is_wanted = scheduler.disk_read(*at, *was_read, *took_us);
+            }
+            Self::DiskWrote { file, outcome } => scheduler.disk_wrote(*file, *outcome),
+            Self::DiskOff => scheduler.disk_off(),
         }
         now
     }

@@ -20,4 +20,5 @@ mod random_schemas;
 mod real_model;
 mod refusals;
 mod support;
+mod tiers;
 mod traces;

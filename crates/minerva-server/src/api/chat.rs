@@ -28,7 +28,7 @@ pub(crate) fn parse(mut fields: Fields, app: &App, info: &ModelInfo) -> Result<(
 }
 
 /// The conversation; `keep_ms` becomes the longest that any of it is to be kept.
-fn messages(fields: &mut Fields, keep_ms: &mut Option<u64>) -> Result<Vec<ChatMessage>, ApiError> {
+pub(crate) fn messages(fields: &mut Fields, keep_ms: &mut Option<u64>) -> Result<Vec<ChatMessage>, ApiError> {
     match fields.take("messages") {
         None => Err(ApiError::missing("messages")),
         Some(Json::Array(items)) if items.is_empty() => {

@@ -4,11 +4,11 @@
 
 mod body;
 mod cache_hints;
-mod chat;
+pub(crate) mod chat;
 mod completions;
 mod constraint;
 pub(crate) mod error;
-mod fields;
+pub(crate) mod fields;
 mod generation;
 mod health;
 mod models;

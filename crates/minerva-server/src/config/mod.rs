@@ -69,6 +69,11 @@ pub enum ConfigError {
     Internal(#[from] Box<figment::Error>),
 }
 
+/// The error of a line in a file that was asked for.
+pub(crate) fn in_line(what: &'static str, file: &std::path::Path, line: usize, problem: &str) -> ConfigError {
+    ConfigError::File { what, file: file.to_path_buf(), problem: format!("line {line}: {problem}") }
+}
+
 /// Where the winning value of a setting was written, weakest first.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Source {

@@ -234,6 +234,16 @@ pub static SETTINGS: &[Setting] = &[
         Kind::Uint { min: 0, max: 1024, words: &[] }, Initial::Uint(32),
         "The most checkpoints of one text in that memory, where a sequence's memory cannot be cut back (recurrent and hybrid models, and \
         sliding windows that keep nothing else): prompts go on from there that begin like it. 0 is none."),
+    setting("performance.cache_disk_size_mb", "MINERVA_CACHE_DISK_SIZE_MB", "cache-disk-size", Kind::Megabytes { zero: true },
+        Initial::Unset,
+        "Disk for what is in host memory and what has to leave it: prompts come back from there instead of being computed again, after \
+        a restart too. Off unless set. See \"On disk\" in docs/architecture.md for what is written."),
+    setting("performance.cache_dir", "MINERVA_CACHE_KV_DIR", "cache-dir", Kind::Text, Initial::Unset,
+        "The folder for `performance.cache_disk_size_mb`, for one server at a time. By default `kv` in Minerva's cache folder \
+        (`MINERVA_CACHE_DIR`, or `~/.cache/minerva`)."),
+    setting("performance.warm_file", "MINERVA_WARM", "warm", Kind::Text, Initial::Unset,
+        "A file of prompts that are computed before the server is ready and stay in host memory: each line a text, or a JSON object \
+        with `prompt` or `messages` and, if it may give way to others, `\"pin\": false`."),
     setting("performance.cache_isolation", "MINERVA_CACHE_ISOLATION", "cache-isolation", Kind::OneOf(&["none", "key"]),
         Initial::Text("none"),
         "`key`: requests share cached prompts only with requests of the same API key, so that nobody finds out by the time of \

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use minerva_engine::{
-    CacheIsolation, DraftConfig, EngineConfig, FlashAttention, KvType, RpcServer, Speculation, TuneConfig, TuneMode,
+    CacheIsolation, ClientSecret, DiskCache, DraftConfig, EngineConfig, FlashAttention, KvType, RpcServer, Speculation,
+    TuneConfig, TuneMode,
 };
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
@@ -80,6 +81,10 @@ pub struct PerformanceSettings {
     /// In bytes here.
     pub cache_size_mb: Option<u64>,
     pub ctx_checkpoints: u32,
+    /// In bytes here.
+    pub cache_disk_size_mb: Option<u64>,
+    pub cache_dir: Option<PathBuf>,
+    pub warm_file: Option<PathBuf>,
     pub cache_isolation: CacheIsolation,
     pub speculation: Speculation,
     pub trace_file: Option<PathBuf>,
@@ -182,6 +187,15 @@ impl Config {
         if self.draft.path.is_some() && !self.performance.speculation.drafts() {
             warnings.push("`performance.speculation` leaves the draft model out: it is not loaded".to_owned());
         }
+        if self.performance.cache_dir.is_some() && self.disk_cache().is_none() {
+            warnings.push(
+                "`performance.cache_dir` is set, and `performance.cache_disk_size_mb` is not: nothing is written"
+                    .to_owned(),
+            );
+        }
+        if self.disk_cache().is_some() && self.performance.cache_size_mb == Some(0) {
+            warnings.push("`performance.cache_size_mb` is 0: without host memory nothing gets to disk".to_owned());
+        }
         warnings
     }
 
@@ -252,6 +266,7 @@ impl Config {
             max_itl_ms: performance.max_itl_ms,
             host_cache_bytes: performance.cache_size_mb,
             max_checkpoints: performance.ctx_checkpoints,
+            disk_cache: self.disk_cache(),
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,
             draft: self.draft()?,
@@ -298,6 +313,14 @@ impl Config {
             min_tokens: draft.min_tokens,
             min_probability: draft.min_probability as f32,
         }))
+    }
+
+    /// The disk tier of the prefix cache, if there is to be one. Clients go by their API keys, whatever the order of these.
+    pub fn disk_cache(&self) -> Option<DiskCache> {
+        let limit_bytes = self.performance.cache_disk_size_mb.filter(|&bytes| bytes > 0)?;
+        let keys = (1..).zip(&self.server.api_keys);
+        let clients = keys.map(|(number, key)| (number, ClientSecret::of_api_key(key.as_bytes()))).collect();
+        Some(DiskCache { dir: self.performance.cache_dir.clone(), limit_bytes, clients })
     }
 
     /// The device asked for.

@@ -35,4 +35,5 @@ mod server;
 mod shutdown;
 mod stream;
 mod terms;
+mod tiers;
 mod tune;

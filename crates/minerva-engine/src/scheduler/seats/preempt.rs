@@ -11,6 +11,9 @@ use crate::scheduler::job::{ClientId, Job};
 use crate::scheduler::parked::Found;
 use crate::scheduler::queue::{Resume, Waiting};
 
+/// Fewer tokens of a prefix that was warmed are computed as quickly as they are fetched.
+const LEAST_WARM_TOKENS: usize = 16;
+
 impl Seats {
     /// The seats to take so that `job` has room; `None` when there are not enough that may be taken.
     pub(in crate::scheduler) fn victims(&self, job: &Job) -> Option<Vec<SeqId>> {
@@ -73,13 +76,17 @@ impl Seats {
         let job = &waiting.job;
         let found = self.parked.best(&job.prompt, job.terms.namespace)?;
         let is_own = waiting.resume.is_some_and(|resume| resume.parked == Some(found.id));
-        let least = if is_own { 1 } else { self.parked.least_tokens() };
+        let least = match (is_own, found.is_warm) {
+            (true, _) => 1,
+            (_, true) => LEAST_WARM_TOKENS,
+            _ => self.parked.least_tokens(),
+        };
         ((is_own || job.reuse) && found.n_shared >= n_elsewhere + least).then_some(found)
     }
 
     /// Fills a seat that was just taken from host memory.
     pub(super) fn unpark(&mut self, seq: SeqId, found: Found, ops: &mut Vec<CacheOp>) {
-        let Found { id, n_shared, n_tokens, rewind } = found;
+        let Found { id, n_shared, n_tokens, rewind, .. } = found;
         ops.push(CacheOp::Unpark { at: id, seq, n_tokens: n_tokens as u32 });
         if let Some(at) = rewind {
             ops.push(CacheOp::Rewind { at, seq, n_tokens: n_shared as u32 });
@@ -92,7 +99,7 @@ impl Seats {
     }
 
     /// Copies out what a finished sequence holds and nobody else does, before its place is needed.
-    pub(super) fn park_finished(&mut self, seq: SeqId, ops: &mut Vec<CacheOp>) {
+    pub(in crate::scheduler) fn park_finished(&mut self, seq: SeqId, ops: &mut Vec<CacheOp>) {
         let seat = &self.all[seq as usize];
         let (tokens, namespace) = (&seat.tokens[..seat.n_cells], seat.terms.namespace);
         if seat.owner.is_some() || tokens.len() < self.parked.least_tokens() {

@@ -47,6 +47,11 @@ impl Seats {
         (self.limits.n_cells_per_seq as usize / 128).clamp(4, 64)
     }
 
+    /// The most tokens of `prompt` that any seat has, or will have.
+    pub(in crate::scheduler) fn n_seated(&self, prompt: &[TokenId], namespace: u64) -> usize {
+        self.all.iter().map(|seat| seat.will_share(prompt, namespace)).max().unwrap_or(0)
+    }
+
     /// The seat that shares most of `prompt`, if that is at least `least` tokens: a free one, or one that was admitted before
     /// `stamp`.
     fn best_source(
