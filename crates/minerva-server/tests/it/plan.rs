@@ -3,6 +3,7 @@
 //! Needs the default model: `cargo xtask setup` fetches it.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -74,8 +75,12 @@ async fn a_draft_model_is_planned_loaded_shown_and_counted() {
     let answer = post(server.address, "/v1/completions", &body.to_string()).await.json();
     let (n, right) = (answer["timings"]["draft_n"].as_u64(), answer["timings"]["draft_n_accepted"].as_u64());
     assert!(n >= Some(1) && right <= n, "{answer}");
-    let metrics = get(server.address, "/metrics").await.text();
-    assert!(metrics.contains(&format!("minerva_draft_tokens_total {}", n.unwrap_or(0))), "{metrics}");
+    let counted = format!("minerva_draft_tokens_total {}\n", n.unwrap_or(0));
+    let began = Instant::now();
+    while !get(server.address, "/metrics").await.text().contains(&counted) {
+        // A step is counted when all that it said is on its way.
+        assert!(began.elapsed() < Duration::from_secs(10), "never {counted}");
+    }
     let mut without = body;
     without["speculate"] = json!(false);
     let off = post(server.address, "/v1/completions", &without.to_string()).await.json();
