@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::DiskCache;
 use crate::probe::ProbeConfig;
-use crate::scheduler::DraftLimits;
+use crate::scheduler::{DraftLimits, Reservation};
 use crate::serving::{CacheIsolation, Speculation};
 use crate::tune::TuneConfig;
 
@@ -73,6 +73,8 @@ pub struct EngineConfig {
     /// The most checkpoints of one text in that memory, where a sequence's memory cannot be cut (recurrent, hybrid and windowed models);
     /// 0 for none.
     pub max_checkpoints: u32,
+    /// With one pool of cells (`kv_unified`), how many of them are set aside for a request.
+    pub reservation: Reservation,
     /// Files for what does not fit there, and for later runs; `None` for none.
     pub disk_cache: Option<DiskCache>,
     /// A file for what is asked of the scheduler and what it answers, without any token of a prompt or answer; `cargo xtask replay`
@@ -123,6 +125,7 @@ impl Default for EngineConfig {
             max_itl_ms: None,
             host_cache_bytes: None,
             max_checkpoints: 32,
+            reservation: Reservation::Expected,
             disk_cache: None,
             trace_path: None,
             speculation: Speculation::Auto,

@@ -65,7 +65,7 @@ pub use intake::MAX_LOGPROBS;
 pub use minerva_llama::{RpcServer, RpcWorkerError, RpcWorkerOptions, serve_rpc};
 pub use request::{ChatMessage, MAX_CACHE_KEY_BYTES, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
-pub use scheduler::Miss;
+pub use scheduler::{Miss, Reservation};
 pub use serving::{CacheIsolation, Speculation};
 pub use sim::{SimConfig, SimDisk, SimDraft, SimMemory};
 pub use status::{

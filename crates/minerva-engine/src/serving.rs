@@ -74,6 +74,7 @@ impl Serving {
                 guess: config.speculation.looks_up(),
                 draft: config.draft.as_ref().filter(|_| has_drafter).map(DraftConfig::limits),
                 max_checkpoints: config.max_checkpoints,
+                reservation: config.reservation,
                 host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),
                 disk_cache_bytes: config.disk_cache.as_ref().map_or(0, |disk| disk.limit_bytes),
             },

@@ -15,7 +15,7 @@ use crate::disk::Opened;
 use crate::drafter::{DraftSettings, Drafter, ModelDrafter};
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
-use crate::scheduler::{DraftLimits, Policy};
+use crate::scheduler::{DraftLimits, Policy, Reservation};
 use crate::serving::{CacheIsolation, Serving, Speculation};
 use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
@@ -90,6 +90,8 @@ pub struct SimConfig {
     pub host_cache_bytes: u64,
     /// The most checkpoints of one text, where memory cannot be cut.
     pub max_checkpoints: u32,
+    /// With one pool, how many cells are set aside for a request.
+    pub reservation: Reservation,
     /// Files for what does not fit there, and for later runs.
     pub disk: Option<SimDisk>,
     /// How the next tokens of a sequence are guessed.
@@ -141,6 +143,7 @@ impl SimConfig {
                     .map(|draft| DraftLimits { max_tokens: draft.max_tokens, min_tokens: draft.min_tokens }),
                 host_cache_bytes: self.host_cache_bytes,
                 max_checkpoints: self.max_checkpoints,
+                reservation: self.reservation,
                 disk_cache_bytes: self.disk.as_ref().map_or(0, |disk| disk.cache.limit_bytes),
             },
             isolation: self.cache_isolation,
@@ -174,6 +177,7 @@ impl Default for SimConfig {
             max_itl_ms: None,
             host_cache_bytes: 1 << 20,
             max_checkpoints: 32,
+            reservation: Reservation::Expected,
             disk: None,
             speculation: Speculation::Auto,
             draft: None,

@@ -20,7 +20,9 @@ use crate::parking::Parking;
 use crate::queue_watch::QueueWatch;
 use crate::request::TokenId;
 use crate::sampling_pool::{self, SamplingPool};
-use crate::scheduler::{Admission, CacheOp, Copy, Job, Keep, ParkId, Place, RequestId, Rewind, Step, Terms, Traced};
+use crate::scheduler::{
+    Admission, CacheOp, Copy, Job, Keep, ParkId, Place, RequestId, Rewind, Step, Terms, Traced, Yielded,
+};
 use crate::serving::Serving;
 use crate::shared::Shared;
 
@@ -232,6 +234,7 @@ impl Worker {
             self.seat(admission, began);
             self.copy_prefixes();
         }
+        self.make_room();
         self.use_tiers();
         self.tell_queue(now_us, began);
         let mut backend_us = self.draft();
@@ -331,13 +334,7 @@ impl Worker {
 
     fn seat(&mut self, admission: Admission, now: Instant) {
         let Admission { id, seqs, n_cached, resumes, miss, preempted, ops } = admission;
-        for seq in preempted {
-            let owner = self.owners[seq as usize].take();
-            if let Some(generation) = owner.and_then(|owner| self.generations.get_mut(&owner)) {
-                generation.pause(seq);
-            }
-            self.shared.count_preempted();
-        }
+        self.pause(preempted);
         let first = seqs.first().copied();
         for &seq in &seqs {
             self.owners[seq as usize] = Some(id);
@@ -364,6 +361,25 @@ impl Worker {
             let n_cached = self.generations.get(&id).map_or(0, Generation::n_cached);
             self.shared.count_cached(u64::from(n_cached));
         }
+    }
+
+    /// The requests of these sequences wait again.
+    fn pause(&mut self, preempted: Vec<SeqId>) {
+        for seq in preempted {
+            let owner = self.owners[seq as usize].take();
+            if let Some(generation) = owner.and_then(|owner| self.generations.get_mut(&owner)) {
+                generation.pause(seq);
+            }
+            self.shared.count_preempted();
+        }
+    }
+
+    /// With one pool of cells: some sequences yield when answers are longer than was expected.
+    fn make_room(&mut self) {
+        let Some(Yielded { seqs, ops }) = self.scheduler.make_room() else { return };
+        self.pause(seqs);
+        self.change_cache(ops, |worker, seq| worker.scheduler.forget_prefix(seq));
+        self.drop_parked();
     }
 
     /// Does what an admission wants done with the cache; `lost` is called for a sequence that holds nothing now but should.

@@ -28,6 +28,7 @@ impl Source {
             max_queued_requests: config.performance.max_queued_requests,
             max_queued_tokens: config.performance.max_queued_tokens,
             max_itl_ms: config.performance.max_itl_ms,
+            reservation: config.performance.reserve,
             cache_isolation: config.performance.cache_isolation,
             speculation: config.performance.speculation,
             trace_path: config.performance.trace_file.clone(),

@@ -62,6 +62,9 @@ pub struct Policy {
     /// Bytes of disk for what lies in host memory and what had to leave it.
     #[serde(default)]
     pub disk_cache_bytes: u64,
+    /// How many cells of one pool are set aside for a request.
+    #[serde(default)]
+    pub reservation: Reservation,
     /// Whether tokens may be guessed from what a text has said before.
     pub guess: bool,
     /// How a draft model may be used; `None` without one.
@@ -76,4 +79,16 @@ pub struct DraftLimits {
     pub max_tokens: u32,
     /// Where no guess of so many tokens has room, there is none.
     pub min_tokens: u32,
+}
+
+/// How many cells of one pool are set aside for a request that runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reservation {
+    /// Its prompt and all that it may generate: nobody ever yields because an answer is long.
+    #[default]
+    Full,
+    /// Its prompt and what answers usually take: more requests run at once, and when answers turn out longer the last to come waits, with
+    /// what it has in host memory, and goes on with the same tokens.
+    Expected,
 }

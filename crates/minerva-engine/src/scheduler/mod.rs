@@ -33,8 +33,7 @@ pub use cost::Work;
 use disk::Disk;
 pub use disk::{DiskOp, FileId, OnDisk, Wrote};
 pub use hints::Keep;
-pub use job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
-use outlook::Answers;
+pub use job::{ClientId, DraftLimits, Job, Policy, RequestId, Reservation, Terms};
 pub use outlook::Place;
 pub use parked::ParkId;
 use queue::Queue;
@@ -137,6 +136,15 @@ pub struct Copy {
     pub rewind: Option<Rewind>,
 }
 
+/// Sequences that had to give their cells away so that others get on; their requests wait to go on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Yielded {
+    /// The sequences.
+    pub seqs: Vec<SeqId>,
+    /// What to do in the cache, in order.
+    pub ops: Vec<CacheOp>,
+}
+
 /// A request that got its sequences.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admission {
@@ -195,7 +203,6 @@ pub struct Scheduler {
     seats: Seats,
     disk: Disk,
     budget: Budget,
-    answers: Answers,
     /// The order in which prompts get their share of a step; here for its room.
     prompts: Vec<SeqId>,
     /// The sequences that decode; here for its room.
@@ -216,7 +223,6 @@ impl Scheduler {
             seats: Seats::new(limits, policy),
             disk: Disk::new(policy.disk_cache_bytes),
             budget: Budget::new(limits),
-            answers: Answers::default(),
             prompts: Vec::new(),
             decoding: Vec::new(),
             draft_us: 0,
@@ -385,18 +391,32 @@ impl Scheduler {
         self.decoding.sort_unstable();
     }
 
+    /// With one pool of cells: who yields so that the next step has room, because answers are longer than was expected. Call it after
+    /// the last admission, and do what it wants before [`step`](Self::step).
+    pub fn make_room(&mut self) -> Option<Yielded> {
+        let mut yielded = Yielded::default();
+        for (job, resume) in self.seats.make_room(&mut yielded) {
+            self.queue.push_back(job, resume);
+        }
+        (!yielded.ops.is_empty() || !yielded.seqs.is_empty()).then_some(yielded)
+    }
+
     /// Fills `step` with the next tokens to compute; it stays empty when nothing runs.
     pub fn step(&mut self, step: &mut Step) {
         step.clear();
         self.choose_decoding();
         let n_batch = self.limits.n_batch as usize;
         let mut n_free = n_batch - self.decoding.len();
+        let mut n_cells = self.seats.n_free_cells();
         for i in 0..self.decoding.len() {
-            n_free -= self.decode_rows(self.decoding[i], n_free, step);
+            let Some(n_beside) = n_cells.checked_sub(1) else { break };
+            let n_more = self.decode_rows(self.decoding[i], n_free.min(n_beside), step);
+            n_free -= n_more;
+            n_cells = n_beside - n_more;
         }
         let n_decode = step.rows.len();
         self.seats.prefilling(&mut self.prompts);
-        let mut left = self.budget.prefill_tokens(self.demand(step)).min(n_batch - n_decode);
+        let mut left = self.budget.prefill_tokens(self.demand(step)).min(n_batch - n_decode).min(n_cells);
         for &seq in &self.prompts {
             let seat = self.seats.seat_of(seq);
             let rest = seat.rest_of_prompt();
@@ -537,7 +557,7 @@ impl Scheduler {
     pub fn release(&mut self, seq: SeqId) {
         let seat = self.seats.seat_of(seq);
         if seat.n_prompt_left() == 0 {
-            self.answers.learn(seat.n_answered());
+            self.seats.claims.answers.learn(seat.n_answered());
         }
         self.seats.release(seq);
     }

@@ -21,6 +21,12 @@ pub struct Place {
     pub estimate_us: Option<u64>,
 }
 
+/// What an answer is taken to have before one has ended, where a wrong guess costs little.
+const FIRST_ANSWER_TOKENS: f64 = 256.0;
+
+/// The least that a sequence is taken to go on for.
+const LEAST_TO_COME: f64 = 4.0;
+
 /// The length of answers, learned from those that ended.
 #[derive(Debug, Default)]
 pub(super) struct Answers {
@@ -36,6 +42,13 @@ impl Answers {
     /// The tokens that an answer of at most `most` will have.
     fn expect(&self, most: usize) -> f64 {
         self.mean_tokens.unwrap_or(f64::INFINITY).min(most as f64)
+    }
+
+    /// The tokens that an answer of so many is taken to go on for. One that is longer than others were may become much longer: half of
+    /// what answers usually have is always to come.
+    pub(super) fn to_come(&self, n_answered: usize) -> usize {
+        let mean = self.mean_tokens.unwrap_or(FIRST_ANSWER_TOKENS);
+        (mean - n_answered as f64).max(mean / 2.0).max(LEAST_TO_COME) as usize
     }
 }
 
@@ -60,7 +73,7 @@ impl Scheduler {
                 let n = (job.n as usize).clamp(1, free_at.len());
                 let begin = free_at[n - 1];
                 let prompt_us = job.prompt.len() as f64 * pace.prompt_token_us * n_seats;
-                let answer_us = self.answers.expect(job.max_tokens as usize) * pace.step_us;
+                let answer_us = self.seats.claims.answers.expect(job.max_tokens as usize) * pace.step_us;
                 free_at[..n].fill(begin + prompt_us + answer_us);
                 begin as u64
             });
@@ -88,7 +101,7 @@ impl Scheduler {
         let prompts_us = n_unfinished as f64 * pace.prompt_token_us;
         let busy = seats.busy().map(|(_, seat)| {
             let n_answered = seat.n_answered();
-            let expected = self.answers.expect(n_answered + seat.n_left());
+            let expected = self.seats.claims.answers.expect(n_answered + seat.n_left());
             // One that is longer than others were is about to end, as far as anybody knows.
             prompts_us + (expected - n_answered as f64).max(1.0) * pace.step_us
         });

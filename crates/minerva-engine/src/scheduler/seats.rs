@@ -5,10 +5,12 @@ mod keeping;
 mod misses;
 mod places;
 mod preempt;
+mod room;
 mod sharing;
 
 use checkpoints::Points;
 pub use misses::Miss;
+use room::Claims;
 use sharing::Source;
 
 use super::cost::Costs;
@@ -144,6 +146,8 @@ pub(super) struct Seats {
     pub(super) parked: Parked,
     /// What had to go.
     lost: Lost,
+    /// With one pool, what is set aside.
+    pub(super) claims: Claims,
     stamp: u64,
     /// Guessed tokens, and right ones.
     guesses: (u64, u64),
@@ -169,6 +173,7 @@ impl Seats {
             limits,
             parked: Parked::new(limits, policy.host_cache_bytes),
             lost: Lost::default(),
+            claims: Claims::new(policy.reservation),
             stamp: 0,
             guesses: (0, 0),
             drafts: (0, 0),
@@ -240,23 +245,6 @@ impl Seats {
         })
     }
 
-    /// Cells that one choice of `job` may come to need: its prompt and all it may generate.
-    fn need(job: &Job) -> usize {
-        job.prompt.len() + job.max_tokens as usize
-    }
-
-    /// Whether there are seats, and with one pool of cells also cells, for all choices, once some sequences are gone. Cells of
-    /// finished sequences count as free: seating evicts them where needed.
-    fn has_room_without(&self, job: &Job, gone: &[SeqId]) -> bool {
-        let stays = |(seq, _): &(SeqId, &Seat)| !gone.contains(seq);
-        let n_free = self.all.len() - self.busy().filter(stays).count();
-        if n_free < job.n as usize {
-            return false;
-        }
-        let promised: usize = self.busy().filter(stays).map(|(_, seat)| seat.reserved).sum();
-        !self.limits.unified || promised + Self::need(job) * job.n as usize <= self.limits.n_cells as usize
-    }
-
     /// Gives a request its seats: for the first choice the free one that shares most of the prompt, or any beside another one that
     /// shares more; then any. A prompt of which more lies in host memory gets it from there.
     pub(super) fn seat(&mut self, waiting: &Waiting, ops: &mut Vec<CacheOp>) -> Admission {
@@ -288,7 +276,7 @@ impl Seats {
         if let Some(resume) = waiting.resume {
             self.at(first).choice = resume.choice;
         }
-        self.evict_for_room(ops);
+        self.evict_for_claims(ops);
         if let Some(found) = parked {
             n_cached = found.n_shared;
             self.unpark(first, found, ops);
@@ -343,28 +331,6 @@ impl Seats {
         seat.points.clear();
         seat.stamp = stamp;
         self.order.push(seq);
-    }
-
-    /// With one pool of cells, finished sequences give theirs up until all promises can be kept.
-    fn evict_for_room(&mut self, ops: &mut Vec<CacheOp>) {
-        if !self.limits.unified {
-            return;
-        }
-        loop {
-            let promised: usize = self.busy().map(|(_, seat)| seat.reserved).sum();
-            let cached: usize = self.all.iter().filter(|s| s.owner.is_none()).map(|s| s.n_cells).sum();
-            if promised + cached <= self.limits.n_cells as usize {
-                return;
-            }
-            let oldest = (0..self.limits.n_seq_max)
-                .filter(|&seq| self.all[seq as usize].owner.is_none() && self.all[seq as usize].n_cells > 0)
-                .min_by_key(|&seq| (self.is_source(seq), self.all[seq as usize].stamp));
-            let Some(seq) = oldest else { return };
-            self.park_finished(seq, ops);
-            self.note_lost(seq, 0);
-            self.at(seq).clear();
-            ops.push(CacheOp::Keep { seq, n_tokens: 0 });
-        }
     }
 
     /// The free seat that shares the longest prefix with the prompt, if that keeps at least half of what it holds: a few

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Admission, CacheOp, Checkpoint, Copy, DiskOp, FileId, Guesses, Job, OnDisk, ParkId, Place, Policy, RequestId,
-    Scheduler, Step, Warmed, Wrote,
+    Scheduler, Step, Warmed, Wrote, Yielded,
 };
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
@@ -43,6 +43,7 @@ enum Call {
     Dropped { ids: Vec<ParkId> },
     Drafted { drafted: Drafted },
     NoDrafts,
+    MakeRoom { yielded: Option<Yielded> },
     Step { rows: Vec<Run> },
     Computed { step_us: u64 },
     Checkpoints { taken: Vec<Checkpoint> },
@@ -235,6 +236,15 @@ impl Traced {
     pub(crate) fn no_drafts(&mut self) {
         self.note(|_| Call::NoDrafts);
         self.scheduler.no_drafts();
+    }
+
+    /// Written down where somebody yields: else it changes nothing.
+    pub(crate) fn make_room(&mut self) -> Option<Yielded> {
+        let yielded = self.scheduler.make_room();
+        if yielded.is_some() {
+            self.note(|_| Call::MakeRoom { yielded: yielded.clone() });
+        }
+        yielded
     }
 
     pub(crate) fn step(&mut self, step: &mut Step) {
@@ -537,6 +547,7 @@ impl Call {
             Self::Dropped { ids } => *ids = scheduler.dropped(),
             Self::Drafted { drafted } => scheduler.drafted(drafted),
             Self::NoDrafts => scheduler.no_drafts(),
+            Self::MakeRoom { yielded } => *yielded = scheduler.make_room(),
             Self::Step { rows } => {
                 scheduler.step(step);
                 *rows = runs(step);
@@ -576,6 +587,9 @@ impl Call {
                     (_, true) => writeln!(text, " with {n_cached} tokens{why}"),
                     _ => writeln!(text, " with {n_cached} tokens{why}, taken from {preempted:?}"),
                 })
+            }
+            Self::MakeRoom { yielded: Some(Yielded { seqs, .. }) } if !seqs.is_empty() => {
+                writeln!(text, "sequences {seqs:?} yield: answers are longer than was expected")
             }
             Self::Step { rows } => {
                 let runs = rows.iter().map(|run| match (run.n, run.n_outputs) {

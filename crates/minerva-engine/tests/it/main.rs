@@ -19,6 +19,7 @@ mod own_process;
 mod random_schemas;
 mod real_model;
 mod refusals;
+mod room;
 mod support;
 mod tiers;
 mod traces;

@@ -244,6 +244,10 @@ pub static SETTINGS: &[Setting] = &[
     setting("performance.warm_file", "MINERVA_WARM", "warm", Kind::Text, Initial::Unset,
         "A file of prompts that are computed before the server is ready and stay in host memory: each line a text, or a JSON object \
         with `prompt` or `messages` and, if it may give way to others, `\"pin\": false`."),
+    setting("performance.reserve", "MINERVA_RESERVE", "reserve", Kind::OneOf(&["full", "expected"]), Initial::Text("expected"),
+        "With one pool of KV cells, how many are set aside for a request: `full`: its prompt and all that it may generate. `expected`: its \
+        prompt and what answers usually take, so that more run at once; when answers turn out longer the last to come waits with what it has \
+        and goes on with the same tokens."),
     setting("performance.cache_isolation", "MINERVA_CACHE_ISOLATION", "cache-isolation", Kind::OneOf(&["none", "key"]),
         Initial::Text("none"),
         "`key`: requests share cached prompts only with requests of the same API key, so that nobody finds out by the time of \

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use minerva_engine::{
-    CacheIsolation, ClientSecret, DiskCache, DraftConfig, EngineConfig, FlashAttention, KvType, RpcServer, Speculation,
-    TuneConfig, TuneMode,
+    CacheIsolation, ClientSecret, DiskCache, DraftConfig, EngineConfig, FlashAttention, KvType, Reservation, RpcServer,
+    Speculation, TuneConfig, TuneMode,
 };
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
@@ -85,6 +85,7 @@ pub struct PerformanceSettings {
     pub cache_disk_size_mb: Option<u64>,
     pub cache_dir: Option<PathBuf>,
     pub warm_file: Option<PathBuf>,
+    pub reserve: Reservation,
     pub cache_isolation: CacheIsolation,
     pub speculation: Speculation,
     pub trace_file: Option<PathBuf>,
@@ -266,6 +267,7 @@ impl Config {
             max_itl_ms: performance.max_itl_ms,
             host_cache_bytes: performance.cache_size_mb,
             max_checkpoints: performance.ctx_checkpoints,
+            reservation: performance.reserve,
             disk_cache: self.disk_cache(),
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,

@@ -31,7 +31,7 @@ impl Seats {
     }
 
     /// Others wait for what it computes, or it for others.
-    fn is_needed(&self, seq: SeqId, seat: &Seat) -> bool {
+    pub(super) fn is_needed(&self, seq: SeqId, seat: &Seat) -> bool {
         seat.is_waiting() || !seat.forks.is_empty() || self.is_source(seq)
     }
 

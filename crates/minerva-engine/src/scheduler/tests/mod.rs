@@ -15,6 +15,7 @@ mod places;
 mod random;
 mod replay;
 mod reuse;
+mod room;
 mod sharing;
 mod step;
 

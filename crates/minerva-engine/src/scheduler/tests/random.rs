@@ -6,7 +6,7 @@ use super::checkpoints::{hybrid, recurrent, window};
 use super::replay::{Fault, Replay};
 use super::{Keep, Script, Terms, limits, pool};
 use crate::backend::BackendLimits;
-use crate::scheduler::{DraftLimits, Policy};
+use crate::scheduler::{DraftLimits, Policy, Reservation};
 
 prop_compose! {
     /// Requests behind two shared texts, some with several choices, some cancelled, some with more room than they use.
@@ -55,6 +55,7 @@ proptest! {
         unified in any::<bool>(),
         // The largest request has 3 choices of 24 + 20 + 12 + 6 cells.
         n_pool in 186_u32..400,
+        reservation in prop::sample::select(vec![Reservation::Full, Reservation::Expected]),
         n_batch in prop::sample::select(vec![1_u32, 3, 8, 32, 128]),
         faults in prop::collection::btree_map(0_usize..120, prop::sample::select(vec![Fault::CacheUnchanged, Fault::HalfWritten]), 0..4),
         cannot_cut in prop::bool::weighted(0.3),
@@ -76,6 +77,7 @@ proptest! {
         let policy = Policy {
             host_cache_bytes: 200,
             max_checkpoints: 4,
+            reservation,
             guess: draft.is_none_or(|(.., looks_up)| looks_up),
             draft: draft.map(|(_, _, min_tokens, _)| DraftLimits { max_tokens: 8, min_tokens }),
             ..Policy::default()

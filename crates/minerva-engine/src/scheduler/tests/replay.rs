@@ -6,7 +6,9 @@ use super::Script;
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::{Draft, Drafted, Wish};
 use crate::request::TokenId;
-use crate::scheduler::{CacheOp, Checkpoint, Copy, Keep, Miss, ParkId, Policy, RequestId, Scheduler, Step, Terms};
+use crate::scheduler::{
+    CacheOp, Checkpoint, Copy, Keep, Miss, ParkId, Policy, RequestId, Reservation, Scheduler, Step, Terms, Yielded,
+};
 
 /// A request that waits or runs.
 #[derive(Debug)]
@@ -64,6 +66,8 @@ pub(super) struct Replay {
     /// Why each prompt was computed when it was admitted last.
     pub(super) misses: BTreeMap<RequestId, Option<Miss>>,
     pub(super) most_parked_bytes: u64,
+    /// Sequences that gave way to longer answers.
+    pub(super) n_yielded: usize,
     tick: usize,
     line: String,
     pub(super) trace: String,
@@ -98,6 +102,7 @@ impl Replay {
             n_drafted: 0,
             misses: BTreeMap::new(),
             most_parked_bytes: 200,
+            n_yielded: 0,
             tick: 0,
             line: String::new(),
             trace: String::new(),
@@ -186,6 +191,7 @@ impl Replay {
     fn turn(&mut self, fault: Option<Fault>) {
         self.copy_prefixes();
         self.admit();
+        self.make_room();
         self.draft();
         let mut step = std::mem::take(&mut self.step);
         self.scheduler.step(&mut step);
@@ -251,13 +257,7 @@ impl Replay {
                 assert_eq!(first.map(|place| (place.id, place.position)), Some((id, 1)), "it was told another place");
             }
             self.misses.insert(id, admission.miss);
-            for seq in admission.preempted {
-                self.note(&format!("{} yields", self.name(seq)));
-                let owner = self.owners[seq as usize].take().expect("it ran");
-                let live = self.live.get_mut(&owner).expect("an owner is live");
-                let choice = live.choice(seq) as usize;
-                live.seqs[choice] = None;
-            }
+            self.pause(admission.preempted);
             for &seq in &admission.seqs {
                 assert_eq!(self.owners[seq as usize].replace(id), None, "sequence {seq} has an owner");
             }
@@ -291,6 +291,25 @@ impl Replay {
             self.drop_parked();
             self.copy_prefixes();
         }
+    }
+
+    fn pause(&mut self, seqs: Vec<SeqId>) {
+        for seq in seqs {
+            self.note(&format!("{} yields", self.name(seq)));
+            let owner = self.owners[seq as usize].take().expect("it ran");
+            let live = self.live.get_mut(&owner).expect("an owner is live");
+            let choice = live.choice(seq) as usize;
+            live.seqs[choice] = None;
+        }
+    }
+
+    fn make_room(&mut self) {
+        let Some(Yielded { seqs, ops }) = self.scheduler.make_room() else { return };
+        self.n_yielded += seqs.len();
+        self.pause(seqs);
+        self.change_cache(ops, &[]);
+        self.drop_parked();
+        assert_eq!(self.scheduler.make_room(), None, "there is room now");
     }
 
     /// First come, first served, among requests on the same terms.
@@ -574,7 +593,11 @@ impl Replay {
         let decodes = |live: &Live, choice: u32| live.runs(choice) && !live.resumed[choice as usize];
         let n_ready =
             ready.filter(|(live, ((seq, n), choice))| **n > 0 && seq.is_some() && decodes(live, *choice)).count();
-        assert_eq!(n_decode, n_ready.min(self.limits.n_batch as usize), "a sequence that could decode did not");
+        let n_held: usize = self.cache.iter().map(Vec::len).sum();
+        let n_free = if self.limits.unified { self.limits.n_cells as usize - n_held } else { usize::MAX };
+        let n_most = n_ready.min(self.limits.n_batch as usize);
+        assert!(n_decode == n_most || step.rows.len() == n_free, "a sequence that could decode did not");
+        assert!(n_decode <= n_most && step.rows.len() <= n_free, "more than there is room for");
     }
 
     /// The scheduler believes what the cache holds, and what it promised can be kept.
@@ -604,7 +627,8 @@ impl Replay {
         assert_eq!(self.scheduler.parked_bytes(), parked);
         assert!(parked <= self.most_parked_bytes, "more host memory than is allowed");
         assert!(used + cached <= u64::from(self.limits.n_cells), "more cells than there are");
-        assert!(promised <= self.limits.n_cells as usize, "more cells are promised than there are");
+        let is_promised = self.scheduler.policy.reservation == Reservation::Full;
+        assert!(!is_promised || promised <= self.limits.n_cells as usize, "more cells are promised than there are");
         let mut running: Vec<_> = self.scheduler.running().collect();
         running.sort_unstable();
         let owned = (0..self.limits.n_seq_max).filter(|&seq| self.owners[seq as usize].is_some());
