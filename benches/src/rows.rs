@@ -1,4 +1,4 @@
-//! Settings and rows for measuring the sampler: by the clock ([`super::sampler`]) and by instructions (`sampler-count/`).
+//! Settings and rows for measuring the sampler: by the clock ([`super::sampler`]) and by instructions (`counts/`).
 
 /// Tokens that a request has seen, so that penalties and DRY have work: a text of 64 different tokens that repeats itself.
 pub fn history() -> impl Iterator<Item = i32> {

@@ -13,7 +13,7 @@ use crate::workspace;
 const LAYERS: [&str; 4] = ["minerva-gpu", "minerva-llama", "minerva-engine", "minerva-server"];
 
 /// Members above all layers: they may use any of our crates, and no crate may use them.
-const ABOVE: [&str; 4] = ["xtask", "minerva-examples", "minerva-benches", "minerva-sampler-count"];
+const ABOVE: [&str; 4] = ["xtask", "minerva-examples", "minerva-benches", "minerva-counts"];
 
 /// Foreign crates that belong to one layer: (crate, its only user, why).
 const RESERVED: [(&str, &str, &str); 4] = [

@@ -6,9 +6,9 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a task talks to the terminal")]
 
 mod bench;
+mod count;
 mod layers;
 mod package;
-mod sampler_count;
 mod serve;
 mod setup;
 mod test;
@@ -39,8 +39,8 @@ enum Task {
     BenchGpu(bench::Args),
     /// Run a recorded schedule again (`--trace-file` of the server) and compare every decision
     Replay(bench::Args),
-    /// Count the sampler's instructions and compare them with the last time's
-    SamplerCount(sampler_count::Args),
+    /// Count instructions of the sampler and the scheduler, and compare them with the last time's
+    Count(count::Args),
     /// Run a program, and stop it when it takes too long (what `test` does with each test program)
     #[command(hide = true)]
     WithLimit(test::limit::Args),
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Package(args) => package::run(&args),
-        Task::SamplerCount(args) => sampler_count::run(&args),
+        Task::Count(args) => count::run(&args),
         Task::BenchEngine(args) => return exit_code(bench::engine(&args)),
         Task::BenchServe(args) => return exit_code(bench::serve(&args)),
         Task::BenchGpu(args) => return exit_code(bench::gpu(&args)),

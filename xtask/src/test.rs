@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use crate::setup::{self, Ready};
-use crate::{layers, sampler_count, workspace};
+use crate::{count, layers, workspace};
 use tally::Tally;
 
 /// Which steps to run, and when to stop.
@@ -49,7 +49,7 @@ const STEPS: &[Step] = &[
     Step { name: "tests", proves: "unit and integration tests, on the real model too", run: tests },
     Step { name: "doctests", proves: "examples in the documentation", run: doctests },
     Step { name: "doc", proves: "the documentation builds without a warning", run: doc },
-    Step { name: "counts", proves: "the sampler takes no more instructions than it did", run: counts },
+    Step { name: "counts", proves: "sampler and scheduler take no more instructions than they did", run: counts },
     Step { name: "examples", proves: "every program under examples/ runs", run: examples::run },
     Step { name: "clients", proves: "the official openai client against the server", run: clients::run },
 ];
@@ -185,7 +185,7 @@ fn generated(_: &Ready) -> anyhow::Result<Tally> {
 
 fn tests(_: &Ready) -> anyhow::Result<Tally> {
     // The sampler's sources alone are counted; their tests need the rest of the engine.
-    tally::cargo_test(&["--all-targets", "--exclude", "minerva-sampler-count"])
+    tally::cargo_test(&["--all-targets", "--exclude", "minerva-counts"])
 }
 
 fn doctests(_: &Ready) -> anyhow::Result<Tally> {
@@ -193,9 +193,9 @@ fn doctests(_: &Ready) -> anyhow::Result<Tally> {
 }
 
 fn counts(_: &Ready) -> anyhow::Result<Tally> {
-    Ok(match sampler_count::compare(false)? {
-        sampler_count::Outcome::Counted(n) => Tally::passed(n),
-        sampler_count::Outcome::Skipped(reason) => Tally::skip(reason),
+    Ok(match count::compare(None, false)? {
+        count::Outcome::Counted(n) => Tally::passed(n),
+        count::Outcome::Skipped(reason) => Tally::skip(reason),
     })
 }
 

@@ -1,11 +1,11 @@
 //! Draws `N` tokens with one setting: `sampler_count SETTING N`; without arguments it prints the settings' names.
 //!
-//! `cargo xtask sampler-count` runs it under callgrind with two values of `N`: the difference is what the draws cost.
+//! `cargo xtask count` runs it under callgrind with two values of `N`: the difference is what the draws cost.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "the names are its answer")]
 
-use minerva_sampler_count::rows::{history, row};
-use minerva_sampler_count::sampler::{Sampler, SamplingParams};
+use minerva_counts::rows::{history, row};
+use minerva_counts::sampler::{Sampler, SamplingParams};
 
 const N_VOCAB: usize = 128_256;
 
