@@ -62,6 +62,11 @@ impl Budget {
             return self.n_ubatch;
         }
         let Some(token_us) = token_us else { return self.n_ubatch.min(FIRST_PREFILL_TOKENS) };
+        // With prompts in every step nobody ever learns what decoding takes. Taken for too quick, it leaves prompts too little time, so
+        // there are prompts in every step: one without them ends this.
+        if self.costs.decode_is_unknown(demand.n_decode) {
+            return 0;
+        }
         let decode_us = self.costs.decode_us(demand.n_decode, demand.n_decode_cells);
         let prefill_us = match demand.max_itl_us {
             Some(max_itl_us) => max_itl_us as f64 - decode_us,

@@ -17,14 +17,20 @@ pub struct Work {
 /// Steps with fewer prompt tokens than this say little about what one costs.
 pub(super) const MIN_PREFILL_TOKENS: usize = 16;
 
-/// Lines by the logarithm of the number of sequences.
-const N_BUCKETS: usize = 16;
+/// So many steps with prompts say what prompts take, as long as it is known what the decoding beside them does.
+const MOST_MIXED: u32 = 48;
+
+/// Lines by the number of sequences, four for each doubling: 24 sequences take a quarter more than 16, and who takes them for equal
+/// gives prompts half of the time that is theirs.
+const N_BUCKETS: usize = 32;
 
 /// The learned costs.
 #[derive(Debug, Default)]
 pub(super) struct Costs {
     /// Time of a step that only decodes over its cells, in microseconds.
     decode: [Line; N_BUCKETS],
+    /// Steps since the last that only decoded, where others have decoded beside prompts since.
+    steps_mixed: [u32; N_BUCKETS],
     /// Time of one prompt token over its place.
     prefill: Line,
     /// Time of a step that only decodes over its rows.
@@ -38,6 +44,10 @@ pub(super) struct Costs {
 impl Costs {
     pub(super) fn learn(&mut self, work: Work, step_us: u64) {
         let step_us = step_us as f64;
+        if work.n_decode > 0 {
+            let n_mixed = &mut self.steps_mixed[bucket(work.n_decode)];
+            *n_mixed = if work.n_prefill == 0 { 0 } else { n_mixed.saturating_add(1) };
+        }
         if work.n_prefill == 0 {
             self.decode[bucket(work.n_decode)].learn(work.n_decode_cells as f64, step_us);
             self.rows.learn(work.n_decode as f64, step_us);
@@ -56,6 +66,12 @@ impl Costs {
         let at = bucket(n_decode);
         let (below, above) = (self.decode[..=at].iter().rev(), self.decode[at..].iter());
         below.chain(above).find_map(|line| line.at(n_cells as f64)).unwrap_or(0.0)
+    }
+
+    /// Whether it is not known, or not any more, what a step takes that decodes about so many sequences and nothing else.
+    pub(super) fn decode_is_unknown(&self, n_decode: usize) -> bool {
+        let at = bucket(n_decode);
+        self.decode[at].weight <= 0.0 || self.steps_mixed[at] >= MOST_MIXED
     }
 
     /// What one more row adds to a step that only decodes; 0 while nothing is known.
@@ -96,7 +112,7 @@ impl Costs {
 }
 
 fn bucket(n_decode: usize) -> usize {
-    (n_decode.max(1).ilog2() as usize).min(N_BUCKETS - 1)
+    (((n_decode.max(1) as f64).log2() * 4.0) as usize).min(N_BUCKETS - 1)
 }
 
 /// A line through recent measurements: least squares, with weights that fade.
@@ -186,5 +202,20 @@ mod tests {
         assert_eq!([1, 2, 8, 16, 31, 32].map(|n| costs.decode_us(n, 100) as u64 / 1000), [10, 10, 10, 40, 40, 40]);
         costs.learn(Work { n_prefill: 100, prefill_pos: 50.0, ..decode(1) }, 60_000);
         assert_eq!(costs.prefill_token_us(50.0), Some(500.0));
+    }
+
+    #[test]
+    fn what_decoding_takes_is_unknown_again_after_many_steps_with_prompts() {
+        let mut costs = Costs::default();
+        let mixed = Work { n_decode: 20, n_prefill: 16, ..Work::default() };
+        costs.learn(Work { n_prefill: 0, ..mixed }, 100_000);
+        assert!(costs.decode_is_unknown(32), "20 streams say little of 32");
+        for _ in 0..MOST_MIXED {
+            assert!(!costs.decode_is_unknown(20));
+            costs.learn(mixed, 150_000);
+        }
+        assert!(costs.decode_is_unknown(20));
+        costs.learn(Work { n_prefill: 0, ..mixed }, 100_000);
+        assert!(!costs.decode_is_unknown(20));
     }
 }

@@ -85,8 +85,9 @@ fn a_burst_with_one_beginning_computes_it_once_and_who_comes_later_goes_on_there
         tick 1 | a prefill 16..18 | a keeps 18
         tick 2 | a prefill 18..20 | a keeps 20
         tick 3 | b shares 20 | c shares 20 | a prefill 20..26 | b prefill 20..26 | c prefill 20..24
-        tick 4 | a decode | b decode | c prefill 24..26
-        tick 5 | c decode
+        tick 4 | a decode | b decode
+        tick 5 | c prefill 24..26
+        tick 6 | c decode
         tick 12 | d reuses 20 | d prefill 20..23
     "#]]
     .assert_eq(&trace);
@@ -96,8 +97,9 @@ fn a_burst_with_one_beginning_computes_it_once_and_who_comes_later_goes_on_there
         tick 1 | a prefill 16..18 | a keeps 18
         tick 2 | a prefill 18..20 | a keeps 20
         tick 3 | b shares 20 | c shares 20 | a prefill 20..26 | b prefill 20..26 | c prefill 20..24
-        tick 4 | a decode | b decode | c prefill 24..26
-        tick 5 | c decode
+        tick 4 | a decode | b decode
+        tick 5 | c prefill 24..26
+        tick 6 | c decode
         tick 12 | goes back to 20 | d reuses 20 | d prefill 20..23
     "#]]
     .assert_eq(&trace);

@@ -92,12 +92,13 @@ fn with_one_pool_as_many_yield_as_there_have_to_be() {
     );
     expect![[r#"
         tick 0 | a prefill 0..6 | b prefill 0..6 | c prefill 0..4
-        tick 1 | c yields | parks 4 | evicts 4 | a decode | b decode | x prefill 0..8
-        tick 2 | a decode | b decode | x decode
-        tick 3 | evicts 9 | c resumes with 4 | a decode | b decode | c prefill 4..6
-        tick 4 | c decode
+        tick 1 | c yields | parks 4 | evicts 4 | a decode | b decode
+        tick 2 | a decode | b decode | x prefill 0..8
+        tick 3 | a decode | b decode | x decode
+        tick 4 | evicts 9 | c resumes with 4 | c prefill 4..6
         tick 5 | c decode
         tick 6 | c decode
+        tick 7 | c decode
     "#]]
     .assert_eq(&trace);
 }

@@ -43,10 +43,11 @@ fn in_one_pool_of_cells_nothing_moves() {
     );
     expect![[r#"
         tick 0 | a prefill 0..6 | b prefill 0..6 | c prefill 0..4
-        tick 1 | a decode | c prefill 4..6
-        tick 2 | a decode | c decode | d prefill 0..6
+        tick 1 | a decode
+        tick 2 | a decode | c prefill 4..6 | d prefill 0..6
         tick 3 | a decode | c decode
         tick 4 | c decode
+        tick 5 | c decode
     "#]]
     .assert_eq(&trace);
 }
