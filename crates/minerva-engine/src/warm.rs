@@ -75,7 +75,8 @@ pub(crate) struct Room {
 
 impl Room {
     fn bytes_of(&self, n_tokens: usize) -> u64 {
-        self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64
+        let n_window = (n_tokens as u64).min(u64::from(self.limits.n_window_tokens));
+        self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64 + self.limits.window_cell_bytes * n_window
     }
 }
 

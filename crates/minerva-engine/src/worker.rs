@@ -399,6 +399,7 @@ impl Worker {
                     // What did not get there cannot go on from there.
                     is_moved = is_moved && self.backend.copy(src, dst, n_tokens);
                     if !is_moved {
+                        self.backend.truncate(dst, 0);
                         self.scheduler.move_failed(dst);
                     }
                 }

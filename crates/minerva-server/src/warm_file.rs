@@ -65,6 +65,7 @@ impl WarmFile {
 }
 
 fn parse(line: &str) -> Result<WarmPrompt, ApiError> {
+    let line = line.strip_prefix('\u{feff}').unwrap_or(line); // some editors begin a file with it
     if !line.trim_start().starts_with('{') {
         let text = line.strip_suffix('\r').unwrap_or(line);
         return Ok(WarmPrompt { prompt: Prompt::Text(text.to_owned()), is_pinned: true });

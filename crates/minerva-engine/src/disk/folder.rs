@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -29,6 +29,9 @@ pub(crate) enum FolderError {
     #[cfg(unix)]
     #[error("it belongs to another user")]
     Foreign,
+    #[cfg(unix)]
+    #[error("others may read it and something else is in it; give the cache a folder of its own")]
+    Shared,
     #[error("{0}")]
     Io(#[from] io::Error),
 }
@@ -105,9 +108,11 @@ impl Folder {
             if ending == Some(UNFINISHED) {
                 remove(&path);
             } else if ending == Some(ENDING) {
-                self.next_number = self.next_number.max(number.saturating_add(1));
                 match look_at(&path, self.limit_bytes) {
-                    Ok((head, known, used)) => found.push((used, known, head)),
+                    Ok((head, known, used)) => {
+                        self.next_number = self.next_number.max(number.saturating_add(1));
+                        found.push((used, known, head));
+                    }
                     Err(damage) => {
                         drop_file(&path, damage);
                         dropped.push(damage);
@@ -180,8 +185,10 @@ impl Store for Folder {
             return Ok(false);
         }
         let head = Head { key: self.key, namespace, tokens: tokens.to_vec(), n_state_bytes: state.len() as u64 };
+        // Numbers never end, unless somebody made a file of the last one.
+        let Some(next_number) = self.next_number.checked_add(1) else { return Ok(false) };
         let path = self.path.join(format!("{:016x}", self.next_number)).with_extension(ENDING);
-        self.next_number += 1;
+        self.next_number = next_number;
         self.n_bytes += n_bytes; // before it is there
         match Self::write_file(&path, &head, state) {
             Ok(digest) => {
@@ -238,10 +245,16 @@ fn look_at(path: &Path, limit_bytes: u64) -> Result<(Head, Known, SystemTime), D
     Ok((head, Known { path: path.to_path_buf(), n_bytes, digest }, used))
 }
 
-/// Opens a plain file: a link or a pipe is none of ours, and a pipe would never end.
+/// Opens a plain file of this user: a link, a pipe, which would never end, and what somebody else put there are none of ours.
 fn open(path: &Path) -> Result<File, Damage> {
-    let is_file = fs::symlink_metadata(path).is_ok_and(|about| about.is_file());
-    if !is_file {
+    let is_ours = fs::symlink_metadata(path).is_ok_and(|about| {
+        #[cfg(unix)]
+        let is_mine = std::os::unix::fs::MetadataExt::uid(&about) == rustix::process::geteuid().as_raw();
+        #[cfg(not(unix))]
+        let is_mine = true;
+        about.is_file() && is_mine
+    });
+    if !is_ours {
         return Err(Damage::NotOurs);
     }
     File::open(path).map_err(|_| Damage::Unreadable)
@@ -271,6 +284,7 @@ fn parse_number(name: &str) -> Option<u64> {
 
 /// The folder, for nobody but its user.
 fn make_private(path: &Path) -> Result<(), FolderError> {
+    let is_new_or_ours = !path.exists() || path.join("salt").exists() || fs::read_dir(path)?.next().is_none();
     let mut builder = DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
@@ -282,6 +296,9 @@ fn make_private(path: &Path) -> Result<(), FolderError> {
         let about = fs::metadata(path)?;
         if about.uid() != rustix::process::geteuid().as_raw() {
             return Err(FolderError::Foreign);
+        }
+        if about.mode() & 0o777 != 0o700 && !is_new_or_ours {
+            return Err(FolderError::Shared);
         }
         if about.mode() & 0o777 != 0o700 {
             fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
@@ -301,12 +318,13 @@ fn private() -> OpenOptions {
 
 /// The folder's own random number; a new one makes all names unknown, and their files the first to go.
 fn salt(path: &Path) -> io::Result<[u8; SALT_BYTES]> {
-    if let Ok(bytes) = fs::read(path)
-        && let Ok(salt) = bytes.try_into()
+    let mut salt = [0; SALT_BYTES];
+    if let Ok(mut file) = open(path)
+        && file.metadata()?.len() == SALT_BYTES as u64
+        && file.read_exact(&mut salt).is_ok()
     {
         return Ok(salt);
     }
-    let mut salt = [0; SALT_BYTES];
     getrandom::fill(&mut salt).map_err(io::Error::other)?;
     let unfinished = path.with_extension(UNFINISHED);
     remove(&unfinished);

@@ -238,7 +238,9 @@ impl DiskTier {
         let (jobs, inbox) = mpsc::channel();
         let (alive, end) = mpsc::channel();
         let thread = thread::Builder::new().name("minerva-disk".into()).spawn(move || {
+            let mut off = OffAtPanic { answer: &answer, is_over: false };
             run(store, &counters, &inbox, &answer);
+            off.is_over = true;
             drop(alive);
         })?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread), end })
@@ -248,6 +250,20 @@ impl DiskTier {
     pub(crate) fn send(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
             let _ = jobs.send(job);
+        }
+    }
+}
+
+/// Tells the engine thread that nothing more comes, should the disk's thread die: whoever waits for a file goes on without it.
+struct OffAtPanic<'a, F: Fn(Answer) -> bool> {
+    answer: &'a F,
+    is_over: bool,
+}
+
+impl<F: Fn(Answer) -> bool> Drop for OffAtPanic<'_, F> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            (self.answer)(Answer::Off);
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::request::TokenId;
 /// A file's name between the scheduler and the worker.
 pub type FileId = u64;
 
-/// Files that are read for requests at once; each has its room in host memory.
+/// Files that are read for requests at once, or lie ready for them; each has its room in host memory.
 const MOST_READS: usize = 4;
 
 /// What disks are taken to read until one was measured, in bytes per microsecond: half of what SATA can do.
@@ -166,6 +166,11 @@ impl Disk {
         n_bytes as f64 / self.read_bytes_per_us
     }
 
+    fn writing_bytes(&self) -> u64 {
+        let Some((id, _)) = self.writing else { return 0 };
+        self.files.iter().find(|file| file.id == id).map_or(0, |file| file.n_bytes)
+    }
+
     fn worth(&self, file: &File, cost: PromptCost) -> f64 {
         cost.worth(file.tokens.len(), file.n_bytes, self.clock - file.stamp + 1)
     }
@@ -217,6 +222,15 @@ impl Disk {
         if let Some(file) = self.files.iter_mut().find(|file| file.id == id) {
             file.stamp = clock;
         }
+    }
+
+    /// Copies in host memory that are read for requests, or were and wait for them: these stay.
+    fn n_claimed(&self) -> usize {
+        let held = self.holds.iter().map(|hold| hold.at);
+        let mut claimed: Vec<ParkId> = self.reads.iter().map(|(_, at)| *at).chain(held).collect();
+        claimed.sort_unstable();
+        claimed.dedup();
+        claimed.len()
     }
 
     /// Nobody waits for `at` but whoever is in the list still.
@@ -293,7 +307,7 @@ impl Scheduler {
         let keeps_beginnings = self.limits.keeps_beginnings;
         let (disk, seats) = (&mut self.disk, &mut self.seats);
         for (job, looked) in self.queue.unlooked() {
-            if disk.reads.len() >= MOST_READS {
+            if disk.n_claimed() >= MOST_READS {
                 return;
             }
             *looked = true;
@@ -303,7 +317,8 @@ impl Scheduler {
             if n_new < seats.parked.least_tokens() {
                 continue;
             }
-            let read_us = disk.read_us(disk.files[i].n_bytes);
+            // Jobs are done in order: first what is being written, at about the same speed.
+            let read_us = disk.read_us(disk.files[i].n_bytes + disk.writing_bytes());
             let compute_us = seats.parked.cost().of(n_new);
             if compute_us.is_some_and(|compute_us| read_us > compute_us) {
                 continue;

@@ -292,6 +292,7 @@ impl Scheduler {
         self.seats.respect_hints(&waiting.job.terms, now_us);
         let admission = self.seats.seat(&waiting, &mut ops);
         if waiting.resume.is_none()
+            && self.seats.takes_checkpoints()
             && let Some(&first) = admission.seqs.first()
         {
             let queued = self.queue.n_shared_each(&waiting.job);
@@ -408,9 +409,11 @@ impl Scheduler {
         let n_batch = self.limits.n_batch as usize;
         let mut n_free = n_batch - self.decoding.len();
         let mut n_cells = self.seats.n_free_cells();
+        // Guesses get what is left when all that is known has its cells.
+        let mut n_spare = n_cells.saturating_sub(self.seats.n_to_compute());
         for i in 0..self.decoding.len() {
             let Some(n_beside) = n_cells.checked_sub(1) else { break };
-            let n_more = self.decode_rows(self.decoding[i], n_free.min(n_beside), step);
+            let n_more = self.decode_rows(self.decoding[i], n_free.min(n_beside), &mut n_spare, step);
             n_free -= n_more;
             n_cells = n_beside - n_more;
         }
@@ -436,8 +439,9 @@ impl Scheduler {
         step.n_prefill = step.rows.len() - n_decode;
     }
 
-    /// The rows of one sequence that decodes: what is pending, and guesses. Returns how many of `n_free` it takes beyond one.
-    fn decode_rows(&mut self, seq: SeqId, n_free: usize, step: &mut Step) -> usize {
+    /// The rows of one sequence that decodes: what is pending, and guesses, `n_spare` at most. Returns how many of `n_free` it takes beyond
+    /// one.
+    fn decode_rows(&mut self, seq: SeqId, n_free: usize, n_spare: &mut usize, step: &mut Step) -> usize {
         let seat = self.seats.seat_of(seq);
         let (first, pos) = (step.rows.len(), seat.n_cells());
         let rest = seat.pending();
@@ -445,9 +449,10 @@ impl Scheduler {
         let is_whole = n == rest.len();
         step.rows.extend(rest[..n].iter().zip(pos..).map(|(&token, pos)| Row { seq, token, pos, output: false }));
         if is_whole {
-            let most = if self.can_guess() { n_free + 1 - n } else { 0 };
+            let most = if self.can_guess() { (n_free + 1 - n).min(*n_spare) } else { 0 };
             let asked = Asked { costs: self.budget.costs(), n_decode: self.decoding.len(), most };
             let guess = self.seats.guess(seq, asked, self.policy.guess);
+            *n_spare = n_spare.saturating_sub(guess.len());
             let after = (pos + n as u32)..;
             step.rows.extend(guess.iter().zip(after).map(|(&token, pos)| Row { seq, token, pos, output: true }));
             let last = first + n - 1;
@@ -556,7 +561,7 @@ impl Scheduler {
     /// The sequence is done: its seat is free and its tokens stay for reuse.
     pub fn release(&mut self, seq: SeqId) {
         let seat = self.seats.seat_of(seq);
-        if seat.n_prompt_left() == 0 {
+        if seat.n_prompt_left() == 0 && seat.is_answered() {
             self.seats.claims.answers.learn(seat.n_answered());
         }
         self.seats.release(seq);

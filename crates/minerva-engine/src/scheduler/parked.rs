@@ -138,15 +138,16 @@ impl Parked {
         self.limits.state_bytes + self.limits.cell_bytes * n_tokens as u64 + self.window_bytes(n_tokens)
     }
 
-    /// What most of `prompt` can be had from. Memory that cannot be cut has to be used whole, or with a checkpoint.
-    pub(super) fn best(&self, prompt: &[TokenId], namespace: u64) -> Option<Found> {
+    /// What most of `prompt` can be had from, of all that is `wanted`; of equals that with the fewest tokens to copy. Memory that cannot be
+    /// cut has to be used whole, or with a checkpoint.
+    pub(super) fn best(&self, prompt: &[TokenId], namespace: u64, wanted: impl Fn(&Found) -> bool) -> Option<Found> {
         let complete = self.entries.iter().filter(|entry| entry.is_for(namespace) && !self.is_part(entry));
         let found = complete.map(|entry| {
             let (n_tokens, n_common) = (entry.tokens.len(), common(&entry.tokens, prompt).min(prompt.len() - 1));
             let Reach { n_tokens: n_shared, rewind } = self.reach(n_tokens, n_common, prompt, namespace);
             Found { id: entry.id, n_shared, n_tokens, rewind, is_warm: entry.tier.is_warm }
         });
-        found.max_by_key(|found| (found.n_shared, found.id))
+        found.filter(wanted).max_by_key(|found| (found.n_shared, std::cmp::Reverse(found.n_tokens), found.id))
     }
 
     /// How many tokens of `prompt` each entry begins with.

@@ -43,6 +43,8 @@ pub(super) struct Resume {
     pub(super) parked: Option<ParkId>,
     pub(super) since_us: u64,
     pub(super) order: u64,
+    /// Tokens of its answer.
+    pub(super) n_answered: usize,
 }
 
 impl Waiting {

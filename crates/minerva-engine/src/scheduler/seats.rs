@@ -62,6 +62,8 @@ pub(super) struct Seat {
     tokens: Vec<TokenId>,
     n_cells: usize,
     n_prompt: usize,
+    /// Tokens at the end of the prompt that are its own answer, from before it had to yield.
+    n_answered_before: usize,
     /// Cells that the running request may come to need.
     reserved: usize,
     /// Seats of the same request that wait for this one's prompt.
@@ -105,9 +107,14 @@ impl Seat {
         self.n_prompt.saturating_sub(self.n_cells)
     }
 
-    /// Tokens behind the prompt.
+    /// Tokens of its answer.
     pub(super) fn n_answered(&self) -> usize {
-        self.tokens.len().saturating_sub(self.n_prompt)
+        self.n_answered_before + self.tokens.len().saturating_sub(self.n_prompt)
+    }
+
+    /// Whether an answer is wanted at all: not where a prompt is only computed to be there.
+    pub(super) fn is_answered(&self) -> bool {
+        self.reserved > self.n_prompt + 1
     }
 
     pub(super) fn terms(&self) -> &Terms {
@@ -324,6 +331,7 @@ impl Seats {
         seat.tokens.reserve(job.max_tokens.min(4096) as usize);
         seat.n_cells = n_keep;
         seat.n_prompt = job.prompt.len();
+        seat.n_answered_before = waiting.resume.map_or(0, |resume| resume.n_answered);
         seat.reserved = Self::need(job);
         seat.forks.clear();
         seat.waits_for_fork = false;

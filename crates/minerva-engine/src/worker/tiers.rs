@@ -76,9 +76,14 @@ impl Worker {
     pub(super) fn keep_warm(&mut self, id: RequestId, seq: SeqId, is_pinned: bool) -> bool {
         let is_kept = match self.scheduler.keep_warm(seq, is_pinned) {
             Warmed::Kept => true,
-            Warmed::Save(at) => self.park(seq, at),
+            Warmed::Save(at) => self.park(seq, at) && self.scheduler.parked(at).is_some(),
             Warmed::NoRoom => false,
         };
+        self.drop_parked();
+        if !is_kept && !is_pinned {
+            tracing::warn!("a prompt was warmed and host memory has no room for it beside what is pinned");
+            return true;
+        }
         if !is_kept {
             let message = "the prefix was computed, but host memory has no room for it".to_owned();
             self.fail(id, GenerationError::Backend { message });

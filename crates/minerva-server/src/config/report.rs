@@ -145,10 +145,13 @@ for by name (`RUST_LOG=debug,llama.cpp=debug,ggml=debug`). Prompts and answers a
 A second SIGTERM or SIGINT ends the server at once, with exit code 143 or 130.
 ";
 
+/// Without a value these do nothing.
+const OFF_UNLESS_SET: [&str; 2] = ["model.simulate", "performance.cache_disk_size_mb"];
+
 fn default_text(setting: &Setting) -> String {
     match setting.initial {
         Initial::Unset if matches!(setting.kind, Kind::Text) => "none".to_owned(),
-        Initial::Unset => format!("`{}`", if setting.path == "model.simulate" { "off" } else { "auto" }),
+        Initial::Unset => format!("`{}`", if OFF_UNLESS_SET.contains(&setting.path) { "off" } else { "auto" }),
         Initial::Bool(value) => format!("`{value}`"),
         Initial::Uint(value) => format!("`{value}`"),
         Initial::Seconds(value) | Initial::Share(value) => format!("`{value}`"),

@@ -265,8 +265,8 @@ pub static SETTINGS: &[Setting] = &[
         "The longest gap between two tokens of a stream that prompts of others may cause, in milliseconds, as far as \
         steps can be cut that short. By default about two and a half times what it is without them."),
     setting("performance.max_queued_requests", "MINERVA_MAX_QUEUED_REQUESTS", "max-queued-requests",
-        Kind::Uint { min: 0, max: 1_000_000, words: &[] }, Initial::Uint(256),
-        "Requests that may wait for a sequence; one more is refused with 429."),
+        Kind::Uint { min: 1, max: 1_000_000, words: &[] }, Initial::Uint(256),
+        "Requests that have no sequence yet, those on their way to a free one included; one more is refused with 429."),
     setting("performance.max_queued_tokens", "MINERVA_MAX_QUEUED_TOKENS", "max-queued-tokens",
         Kind::Uint { min: 1, max: 1 << 40, words: &[] }, Initial::Uint(1 << 20),
         "Prompt tokens that may wait; a request that would pass this is refused with 429."),

@@ -31,7 +31,7 @@ impl Parked {
         }
         let usable = self.entries.iter().filter(|entry| {
             let n = entry.tokens.len();
-            self.is_part(entry) && entry.namespace == namespace && n <= n_common && entry.tokens == prompt[..n]
+            self.is_part(entry) && entry.is_for(namespace) && n <= n_common && entry.tokens == prompt[..n]
         });
         let longest = usable.max_by_key(|entry| (entry.tokens.len(), entry.id));
         longest.map_or(Reach::default(), |entry| Reach { n_tokens: entry.tokens.len(), rewind: Some(entry.id) })
@@ -73,7 +73,7 @@ impl Parked {
     fn thin_out(&mut self, tokens: &[TokenId], namespace: u64, most: u32) {
         let is_earlier = |entry: &&Entry| {
             let is_beginning = common(&entry.tokens, tokens) == entry.tokens.len();
-            entry.is_checkpoint && entry.namespace == namespace && is_beginning
+            entry.is_checkpoint && entry.namespace == namespace && is_beginning && entry.may_go()
         };
         let mut chain: Vec<(usize, ParkId)> =
             self.entries.iter().filter(is_earlier).map(|entry| (entry.tokens.len(), entry.id)).collect();

@@ -36,7 +36,7 @@ impl Parked {
         prompt: &[TokenId],
         namespace: u64,
     ) -> impl Iterator<Item = (usize, usize)> {
-        let same = self.entries.iter().filter(move |entry| entry.namespace == namespace && !self.is_part(entry));
+        let same = self.entries.iter().filter(move |entry| entry.is_for(namespace) && !self.is_part(entry));
         same.map(|entry| (common(&entry.tokens, prompt), entry.tokens.len()))
     }
 }

@@ -34,7 +34,7 @@ impl Entry {
         (self.namespace == namespace || self.tier.is_warm) && !self.tier.is_arriving
     }
 
-    fn may_go(&self) -> bool {
+    pub(super) fn may_go(&self) -> bool {
         let Tier { is_writing, is_arriving, is_pinned, .. } = self.tier;
         !(self.is_owned || is_writing || is_arriving || is_pinned)
     }
@@ -64,7 +64,9 @@ impl Parked {
     fn least(&self) -> Option<ParkId> {
         let free = self.entries.iter().filter(|entry| entry.may_go());
         let order = |a: &&Entry, b: &&Entry| {
-            let lost = a.tier.file.is_none().cmp(&b.tier.file.is_none());
+            // What is for everybody here is in its file for its own namespace only.
+            let is_lost = |entry: &Entry| entry.tier.file.is_none() || entry.tier.is_warm;
+            let lost = is_lost(a).cmp(&is_lost(b));
             lost.then(self.worth(a).total_cmp(&self.worth(b))).then(a.stamp.cmp(&b.stamp))
         };
         free.min_by(order).map(|entry| entry.id)

@@ -114,7 +114,7 @@ impl Seats {
         }
     }
 
-    fn takes_checkpoints(&self) -> bool {
+    pub(in crate::scheduler) fn takes_checkpoints(&self) -> bool {
         !self.limits.keeps_beginnings && self.max_checkpoints > 0
     }
 

@@ -66,7 +66,7 @@ impl Seats {
             guess: seat.guess,
             terms: seat.terms,
         };
-        let resume = Resume { choice: seat.choice, parked, since_us, order };
+        let resume = Resume { choice: seat.choice, parked, since_us, order, n_answered: seat.n_answered() };
         self.release(seq);
         Some((job, resume))
     }
@@ -74,14 +74,17 @@ impl Seats {
     /// Host memory that has more of a prompt than `n_elsewhere`: for a request that ran before its own, for others if it is worth it.
     pub(super) fn better_parked(&self, waiting: &Waiting, n_elsewhere: usize) -> Option<Found> {
         let job = &waiting.job;
-        let found = self.parked.best(&job.prompt, job.terms.namespace)?;
-        let is_own = waiting.resume.is_some_and(|resume| resume.parked == Some(found.id));
-        let least = match (is_own, found.is_warm) {
-            (true, _) => 1,
-            (_, true) => LEAST_WARM_TOKENS,
-            _ => self.parked.least_tokens(),
+        let n_room = self.most_unparked(job);
+        let wanted = |found: &Found| {
+            let is_own = waiting.resume.is_some_and(|resume| resume.parked == Some(found.id));
+            let least = match (is_own, found.is_warm) {
+                (true, _) => 1,
+                (_, true) => LEAST_WARM_TOKENS,
+                _ => self.parked.least_tokens(),
+            };
+            (is_own || job.reuse) && found.n_shared >= n_elsewhere + least && found.n_tokens <= n_room
         };
-        ((is_own || job.reuse) && found.n_shared >= n_elsewhere + least).then_some(found)
+        self.parked.best(&job.prompt, job.terms.namespace, wanted)
     }
 
     /// Fills a seat that was just taken from host memory.

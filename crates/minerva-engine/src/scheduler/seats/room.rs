@@ -57,6 +57,17 @@ impl Seats {
         !self.limits.unified || claimed + own <= self.limits.n_cells as usize
     }
 
+    /// The most tokens that may come back from host memory for a request, which may be more than it shares: with one pool they have to
+    /// find their place in what is set aside for it.
+    pub(super) fn most_unparked(&self, job: &Job) -> usize {
+        if self.limits.unified { self.claims.of(job.prompt.len(), 0, Self::need(job)) } else { usize::MAX }
+    }
+
+    /// Known tokens that are not computed.
+    pub(in crate::scheduler) fn n_to_compute(&self) -> usize {
+        self.busy().map(|(_, seat)| seat.tokens.len() - seat.n_cells).sum()
+    }
+
     /// Cells that a step may fill.
     pub(in crate::scheduler) fn n_free_cells(&self) -> usize {
         if !self.limits.unified {

@@ -107,11 +107,13 @@ impl Seats {
         let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
         let ready = source.filter(is_computed);
         let rewind = ready.and_then(|source| self.reach(source.seq, prompt, namespace).rewind);
+        let n_held = ready.map_or(0, |source| self.all[source.seq as usize].n_cells());
+        let has_room = rewind.is_none() || n_held as usize <= self.n_free_cells();
         let seat = self.at(seq);
         seat.source = if ready.is_some() { None } else { source };
-        let Source { seq: src, n_tokens } = ready?;
+        // All of the source is copied before it goes back: where that has no room the prompt is computed.
+        let Source { seq: src, n_tokens } = ready.filter(|_| has_room)?;
         seat.n_cells = n_tokens;
-        let n_held = self.all[src as usize].n_cells();
         if let Some(at) = rewind {
             self.parked.used(at);
         }

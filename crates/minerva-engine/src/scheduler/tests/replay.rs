@@ -42,7 +42,7 @@ pub(super) enum Fault {
 /// The worker's part in a schedule.
 pub(super) struct Replay {
     limits: BackendLimits,
-    scheduler: Scheduler,
+    pub(super) scheduler: Scheduler,
     cache: Vec<Vec<TokenId>>,
     owners: Vec<Option<RequestId>>,
     live: BTreeMap<RequestId, Live>,
