@@ -112,7 +112,10 @@ impl Costs {
 }
 
 fn bucket(n_decode: usize) -> usize {
-    (((n_decode.max(1) as f64).log2() * 4.0) as usize).min(N_BUCKETS - 1)
+    let n = n_decode.max(1);
+    let octave = n.ilog2() as usize;
+    let quarter = ((n << 2) >> octave) & 3;
+    (4 * octave + quarter).min(N_BUCKETS - 1)
 }
 
 /// A line through recent measurements: least squares, with weights that fade.
