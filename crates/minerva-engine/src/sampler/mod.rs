@@ -315,10 +315,10 @@ impl Scratch {
             return Ok((log_total, Vec::new()));
         }
         field.keep_top_k(n_top);
-        let list = &field.settle().list;
-        let mut best: Vec<_> = list.iter().map(|best| (best.token, best.logit - log_total)).collect();
-        best.sort_by(|a, b| b.1.total_cmp(&a.1)); // stable, so that ties stay in order of their ids
-        Ok((log_total, best))
+        let mut best: Vec<_> = field.settle().list.iter().map(|best| (best.token, best.logit)).collect();
+        // By logits: two of them may round to one log probability. Stable, so that ties stay in order of their ids.
+        best.sort_by(|a, b| b.1.total_cmp(&a.1));
+        Ok((log_total, best.into_iter().map(|(token, logit)| (token, logit - log_total)).collect()))
     }
 }
 

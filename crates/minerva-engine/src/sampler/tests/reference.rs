@@ -69,7 +69,7 @@ fn keep_top_n_sigma(tokens: &mut Vec<(TokenId, f64)>, sigmas: f32) -> Option<()>
 
 fn keep_typical(tokens: &mut Vec<(TokenId, f64)>, p: f32, min_keep: usize) -> Option<()> {
     let surprise: Vec<f64> = probabilities(tokens, 1.0).iter().map(|p| -p.ln()).collect();
-    let entropy: f64 = surprise.iter().map(|s| s * (-s).exp()).sum();
+    let entropy: f64 = surprise.iter().filter(|s| s.is_finite()).map(|s| s * (-s).exp()).sum();
     let mut order: Vec<(f64, f64, (TokenId, f64))> =
         surprise.iter().zip(&*tokens).map(|(s, token)| ((s - entropy).abs(), (-s).exp(), *token)).collect();
     order.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.2.0.cmp(&b.2.0)));
