@@ -8,8 +8,7 @@ use super::scheduler::{Job, Policy, Scheduler, Step, Terms};
 const SHARED_TOKENS: TokenId = 1000;
 const OWN_TOKENS: TokenId = 24;
 
-fn scheduler(n_seq_max: u32) -> Scheduler {
-    let n_cells_per_seq = 2048;
+fn scheduler(n_seq_max: u32, n_cells_per_seq: u32) -> Scheduler {
     let limits = BackendLimits {
         n_seq_max,
         n_cells_per_seq,
@@ -31,10 +30,15 @@ fn scheduler(n_seq_max: u32) -> Scheduler {
 
 /// A request with the system prompt and its own text.
 pub fn job(id: u64) -> Job {
-    let own = (0..OWN_TOKENS).map(|i| 2000 + id as TokenId * 100 + i);
+    long_job(id, SHARED_TOKENS)
+}
+
+/// The same with a system prompt of another length.
+fn long_job(id: u64, n_shared: TokenId) -> Job {
+    let own = (0..OWN_TOKENS).map(|i| n_shared + 1000 + id as TokenId * 100 + i);
     Job {
         id,
-        prompt: (0..SHARED_TOKENS).chain(own).collect(),
+        prompt: (0..n_shared).chain(own).collect(),
         n: 1,
         max_tokens: 500,
         reuse: true,
@@ -60,9 +64,14 @@ pub fn turn(scheduler: &mut Scheduler, step: &mut Step) -> usize {
 
 /// `n` requests that decode.
 pub fn decoding(n: u32) -> (Scheduler, Step) {
-    let (mut scheduler, mut step) = (scheduler(n), Step::default());
+    burst(n, SHARED_TOKENS)
+}
+
+/// `n` requests that came at once with a system prompt of `n_shared` tokens, and decode.
+pub fn burst(n: u32, n_shared: TokenId) -> (Scheduler, Step) {
+    let (mut scheduler, mut step) = (scheduler(n, n_shared as u32 + 1048), Step::default());
     for id in 0..u64::from(n) {
-        scheduler.enqueue(job(id), 0);
+        scheduler.enqueue(long_job(id, n_shared), 0);
     }
     while turn(&mut scheduler, &mut step) != n as usize {}
     (scheduler, step)

@@ -11,6 +11,7 @@ use crate::backend::{BackendLimits, Tokenizer};
 use crate::error::RequestError;
 use crate::event::{Event, GenerationError};
 use crate::request::{ChatMessage, Prompt, Request, TokenId};
+use crate::scheduler::common;
 
 /// A prefix to compute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,8 +147,7 @@ fn prefix(prompt: &Prompt, tokenizer: &dyn Tokenizer) -> Result<Vec<TokenId>, Re
         Prompt::Chat(messages) => {
             let with = |text: &str| rendered(&[messages.as_slice(), &[ChatMessage::user(text)]].concat());
             let (one, other) = (with("A")?, with("7")?);
-            let n_common = one.iter().zip(&other).take_while(|(a, b)| a == b).count();
-            Ok(one[..n_common].to_vec())
+            Ok(one[..common(&one, &other)].to_vec())
         }
     }
 }

@@ -14,6 +14,7 @@ use super::{Draft, DraftError, Drafted, Drafter, Wish};
 use crate::backend::{Backend, BackendLimits, Row, SeqId};
 use crate::request::TokenId;
 use crate::sampler::likeliest;
+use crate::scheduler::common;
 
 /// Up to so many tokens that are new since the last guess are computed in its first round; more is catching up.
 const MOST_IN_ROUND: usize = 16;
@@ -121,7 +122,7 @@ impl ModelDrafter {
         held.asked = self.clock;
         let last = history.len().checked_sub(1)?;
         // The last token is computed in any case, for its scores.
-        let n_same = held.tokens.iter().zip(&history[..last]).take_while(|(a, b)| a == b).count();
+        let n_same = common(&held.tokens, &history[..last]);
         self.cut(wish.seq, n_same);
         let n_held = self.held[wish.seq as usize].tokens.len();
         // The last token of a guess is not computed.

@@ -13,8 +13,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::budget::PromptCost;
+use super::common;
 use super::parked::{ParkId, Parked};
-use super::seats::{Seats, common};
+use super::seats::Seats;
 use super::{RequestId, Scheduler};
 use crate::disk::{MOST_FILES, file_bytes};
 use crate::request::TokenId;

@@ -13,6 +13,7 @@
 //! - A step never holds more rows than the backend takes, and a sequence's rows are in order and without gaps.
 
 mod budget;
+mod common;
 mod cost;
 mod disk;
 mod draft;
@@ -29,6 +30,7 @@ mod trace;
 mod warm;
 
 pub use budget::{Budget, Demand};
+pub(crate) use common::common;
 pub use cost::Work;
 use disk::Disk;
 pub use disk::{DiskOp, FileId, OnDisk, Wrote};

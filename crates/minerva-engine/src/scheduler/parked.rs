@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use tiers::Tier;
 
 use super::budget::PromptCost;
+use super::common;
 use super::job::Terms;
-use super::seats::common;
 use crate::backend::BackendLimits;
 use crate::request::TokenId;
 

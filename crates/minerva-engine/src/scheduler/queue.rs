@@ -7,9 +7,9 @@
 
 use std::cmp::Reverse;
 
+use super::common;
 use super::job::{ClientId, Job, RequestId};
 use super::parked::ParkId;
-use super::seats::common;
 
 /// Waiting so long is worth one priority.
 const AGING_US: u64 = 10_000_000;

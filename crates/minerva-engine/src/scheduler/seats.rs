@@ -576,8 +576,3 @@ pub struct Guesses {
     /// And among the right ones.
     pub n_right_drafts: u64,
 }
-
-/// How many tokens both begin with.
-pub(super) fn common(one: &[TokenId], other: &[TokenId]) -> usize {
-    one.iter().zip(other).take_while(|(a, b)| a == b).count()
-}

@@ -5,7 +5,7 @@
 
 use super::{Entry, ParkId, Parked};
 use crate::request::TokenId;
-use crate::scheduler::seats::common;
+use crate::scheduler::common;
 
 /// How far the beginning of a text can be used, and the checkpoint that this takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

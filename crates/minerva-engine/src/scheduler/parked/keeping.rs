@@ -2,9 +2,9 @@
 
 use super::{ParkId, Parked};
 use crate::request::TokenId;
+use crate::scheduler::common;
 use crate::scheduler::hints::{Left, hand_ages_around};
 use crate::scheduler::job::Terms;
-use crate::scheduler::seats::common;
 
 impl Parked {
     /// A copy was made of what a request on these terms left.

@@ -5,8 +5,8 @@
 
 use super::{Entry, ParkId, Parked};
 use crate::request::TokenId;
+use crate::scheduler::common;
 use crate::scheduler::disk::FileId;
-use crate::scheduler::seats::common;
 
 /// What an entry is besides cells in host memory.
 #[derive(Debug, Clone, Copy, Default)]

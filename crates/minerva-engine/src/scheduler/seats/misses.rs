@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Seats, common};
+use super::Seats;
 use crate::backend::SeqId;
+use crate::scheduler::common;
 use crate::scheduler::queue::Waiting;
 
 /// Why the prompt of a request is computed, wholly or beyond what was reused.

@@ -1,9 +1,9 @@
 //! Prefixes that several sequences share: computed once, by whoever came first, and copied by the others.
 
-use super::{Seat, Seats, common};
+use super::{Seat, Seats};
 use crate::backend::SeqId;
 use crate::request::TokenId;
-use crate::scheduler::{Copy, Job, Rewind};
+use crate::scheduler::{Copy, Job, Rewind, common};
 
 /// Where a seat gets the beginning of its prompt from, and how many tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
