@@ -38,10 +38,19 @@ struct Shared {
     answers: Mutex<Vec<Answer>>,
 }
 
-/// Runs a round after one short request that is not counted.
+/// Runs a round after what is not counted: one short request, or a prompt in each sequence.
 pub(super) async fn run(client: &Client, round: Round, timeout: Duration) -> anyhow::Result<Sample> {
     let asks = Asks::new(round);
-    time::timeout(timeout, client.ask(&asks.warm_up(), Instant::now(), &mut Answer::default())).await??;
+    let mut warm_ups = JoinSet::new();
+    for ask in asks.warm_ups() {
+        let client = client.clone();
+        warm_ups.spawn(async move {
+            time::timeout(timeout, client.ask(&ask, Instant::now(), &mut Answer::default())).await?
+        });
+    }
+    while let Some(ended) = warm_ups.join_next().await {
+        ended??;
+    }
 
     let workload = round.workload;
     let cpu_before_ms = own_ms();

@@ -100,7 +100,7 @@ async fn compare(args: &Args, say: fn(&str)) -> anyhow::Result<bool> {
     let mut report = Report::default();
     report.heading.push(format!(
         "seed {seed}, {} rounds, scale {}, contenders by turns, started anew for each round where this run starts them; before \
-         each round one request of 8 tokens, not counted",
+         each round requests of 8 tokens that are not counted",
         args.rounds, args.scale,
     ));
     report.heading.push(

@@ -8,8 +8,8 @@
 use minerva_engine::TokenInfo;
 use serde::{Deserialize, Serialize};
 
-/// Alternatives to ask for at each place.
-pub(super) const TOP_LOGPROBS: u32 = 5;
+/// Alternatives to ask for at each place, as many as OpenAI's API allows: where the next word is open, a dozen are near ties.
+pub(super) const TOP_LOGPROBS: u32 = 20;
 
 /// Natural logarithm: tokens whose probabilities differ by a smaller factor may change places by rounding.
 const NEAR_TIE: f64 = 0.5;

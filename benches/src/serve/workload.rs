@@ -136,6 +136,14 @@ pub(super) struct Load {
 }
 
 impl Load {
+    /// Words of a prompt that fills most of a sequence's share of the cells.
+    fn fill_words(&self) -> usize {
+        const TOKENS_PER_WORD: f64 = 1.4; // more than any prompt of this length has
+        const FRAME_TOKENS: u32 = 40; // of the chat, with the answer
+        let share = self.cells / self.sequences.max(1);
+        (f64::from(share.saturating_sub(FRAME_TOKENS)) / TOKENS_PER_WORD) as usize
+    }
+
     /// Words of the longest prompt, at up to two tokens each, and tokens of the longest answer: together less than a
     /// sequence's share of the cells.
     fn longest(&self) -> (usize, u32) {
@@ -323,9 +331,18 @@ impl Asks {
         Ask { user: self.words(3, index, words), max_tokens, ..Ask::default() }
     }
 
-    /// A short request that no round repeats, to wake up a server before it is measured.
-    pub(super) fn warm_up(&self) -> Ask {
-        Ask { user: self.words(4, 0, 32), max_tokens: 8, ..Ask::default() }
+    /// Requests that no round repeats, to wake up a server before it is measured: a short one, and before an overload, whose
+    /// memory is watched, as many as there are sequences, which together write to nearly every cell. Memory that nobody has
+    /// written to takes none.
+    pub(super) fn warm_ups(&self) -> Vec<Ask> {
+        let ask = |index, n_words| Ask { user: self.words(4, index, n_words), max_tokens: 8, ..Ask::default() };
+        match self.round.workload {
+            Workload::Overload => {
+                let n_words = self.round.load.fill_words();
+                (0..self.round.load.sequences as usize).map(|index| ask(index, n_words)).collect()
+            }
+            _ => vec![ask(0, 32)],
+        }
     }
 }
 

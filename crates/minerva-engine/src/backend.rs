@@ -4,6 +4,8 @@ mod limits;
 
 use std::sync::Arc;
 
+use minerva_llama::SavedState;
+
 pub use self::limits::{BackendLimits, Row, SeqId, StepError};
 use crate::drafter::Drafter;
 use crate::error::RequestError;
@@ -31,14 +33,14 @@ pub trait Backend: Send {
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool;
 
     /// All that `seq` holds, for [`restore`](Self::restore). `None` when it cannot be copied out or memory is missing.
-    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>>;
+    fn save(&mut self, seq: SeqId) -> Option<SavedState>;
 
     /// Makes `seq` hold what was saved, and nothing else. `false` when it cannot be; `seq` is then empty.
     fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool;
 
     /// What [`rewind`](Self::rewind) needs to come back to this place once `seq` has gone on: of memory that cannot be cut the part that
     /// does not stay in the cells. `None` when it cannot be copied out or memory is missing. Only asked of memory that cannot be cut.
-    fn save_part(&mut self, _seq: SeqId) -> Option<Vec<u8>> {
+    fn save_part(&mut self, _seq: SeqId) -> Option<SavedState> {
         None
     }
 

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use minerva_llama::SavedState;
+
 use crate::backend::Backend;
 use crate::scheduler::{Checkpoint, ParkId};
 
@@ -20,7 +22,7 @@ impl Checkpoints {
     }
 
     /// What is to be kept of a sequence; `None` when it cannot be copied out.
-    pub(crate) fn take(&mut self, backend: &mut dyn Backend, checkpoint: Checkpoint) -> Option<Vec<u8>> {
+    pub(crate) fn take(&mut self, backend: &mut dyn Backend, checkpoint: Checkpoint) -> Option<SavedState> {
         let Checkpoint { seq, at, .. } = checkpoint;
         let state = if self.are_parts { backend.save_part(seq) } else { backend.save(seq) }?;
         let n_bytes = state.len() as u64;

@@ -379,7 +379,7 @@ mod tests {
             true
         }
 
-        fn save(&mut self, _seq: SeqId) -> Option<Vec<u8>> {
+        fn save(&mut self, _seq: SeqId) -> Option<minerva_llama::SavedState> {
             None
         }
 

@@ -67,7 +67,7 @@ pub use request::{ChatMessage, MAX_CACHE_KEY_BYTES, Prompt, Request, TokenId};
 pub use sampler::{InvalidParam, SamplerStage, SamplingParams};
 pub use scheduler::{Miss, Reservation};
 pub use serving::{CacheIsolation, Speculation};
-pub use sim::{SimConfig, SimDisk, SimDraft, SimMemory};
+pub use sim::{SimBrake, SimConfig, SimDisk, SimDraft, SimMemory};
 pub use status::{
     BuildInfo, DeviceMemory, DiskCacheStats, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement, PrefixMisses,
 };

@@ -4,11 +4,14 @@
 //! cell that belongs to somebody else, a missing one or one in the wrong place changes the text. It keeps the books that
 //! llama.cpp keeps and panics when the engine breaks a rule that llama.cpp would abort on.
 
+mod brake;
 mod faults;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+
+use minerva_llama::SavedState;
 
 use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, StepError, Tokenizer};
 use crate::disk::Opened;
@@ -20,6 +23,7 @@ use crate::serving::{CacheIsolation, Serving, Speculation};
 use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
 
+pub use self::brake::SimBrake;
 pub use self::faults::SimDisk;
 
 /// Ends a generation.
@@ -69,6 +73,8 @@ pub struct SimConfig {
     pub step_us: u64,
     /// Time that each row of a step adds, in microseconds.
     pub us_per_token: u64,
+    /// Holds steps, however long they take.
+    pub brake: SimBrake,
     /// Length of an answer to a chat, in tokens. Plain prompts are continued without an end.
     pub answer_tokens: u32,
     /// How far the scores of all tokens are spread by chance, fixed for each sequence of tokens. At 0 one token is far likelier
@@ -167,6 +173,7 @@ impl Default for SimConfig {
             n_batch: 256,
             step_us: 0,
             us_per_token: 0,
+            brake: SimBrake::default(),
             answer_tokens: 32,
             spread: 0.0,
             memory: SimMemory::Cells,
@@ -389,6 +396,7 @@ impl Backend for SimBackend {
         if time_us > 0 {
             std::thread::sleep(Duration::from_micros(time_us));
         }
+        self.config.brake.wait();
         assert!(rows.len() <= self.config.n_batch as usize, "a step of {} rows", rows.len());
         self.n_steps += 1;
         self.rows.clear();
@@ -438,8 +446,8 @@ impl Backend for SimBackend {
         self.truncate(dst, n_tokens)
     }
 
-    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
-        Some(bytes_of(&self.seqs[seq as usize].tokens))
+    fn save(&mut self, seq: SeqId) -> Option<SavedState> {
+        Some(bytes_of(&self.seqs[seq as usize].tokens).into())
     }
 
     fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
@@ -452,8 +460,8 @@ impl Backend for SimBackend {
         true
     }
 
-    fn save_part(&mut self, seq: SeqId) -> Option<Vec<u8>> {
-        Some(bytes_of(&self.seqs[seq as usize].part))
+    fn save_part(&mut self, seq: SeqId) -> Option<SavedState> {
+        Some(bytes_of(&self.seqs[seq as usize].part).into())
     }
 
     fn rewind(&mut self, seq: SeqId, state: &[u8], n_tokens: u32) -> bool {

@@ -3,6 +3,8 @@
 use std::hint;
 use std::time::Instant;
 
+use minerva_llama::SavedState;
+
 use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
 
 /// The inner backend, with every step longer by a share of its own time.
@@ -46,7 +48,7 @@ impl Backend for Slowed {
         self.inner.copy(src, dst, n_tokens)
     }
 
-    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+    fn save(&mut self, seq: SeqId) -> Option<SavedState> {
         self.inner.save(seq)
     }
 
@@ -54,7 +56,7 @@ impl Backend for Slowed {
         self.inner.restore(seq, state)
     }
 
-    fn save_part(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+    fn save_part(&mut self, seq: SeqId) -> Option<SavedState> {
         self.inner.save_part(seq)
     }
 
@@ -110,8 +112,8 @@ mod tests {
             src == 1
         }
 
-        fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
-            (seq == 1).then(|| vec![7])
+        fn save(&mut self, seq: SeqId) -> Option<SavedState> {
+            (seq == 1).then(|| vec![7].into())
         }
 
         fn restore(&mut self, _seq: SeqId, state: &[u8]) -> bool {
@@ -129,7 +131,7 @@ mod tests {
         assert_eq!((slowed.logits(3), slowed.logits(2)), (Some(&[0.5, 0.25][..]), None));
         assert_eq!((slowed.truncate(0, 1), slowed.truncate(0, 2)), (true, false));
         assert_eq!((slowed.copy(1, 0, 0), slowed.copy(0, 1, 0)), (true, false));
-        assert_eq!((slowed.save(1), slowed.save(0)), (Some(vec![7]), None));
+        assert_eq!((slowed.save(1), slowed.save(0)), (Some(vec![7].into()), None));
         assert_eq!((slowed.restore(0, &[7]), slowed.restore(0, &[8])), (true, false));
     }
 }

@@ -27,6 +27,7 @@ mod params;
 mod repack;
 mod rpc;
 mod sampler_chain;
+mod saved;
 mod simulation;
 mod speed;
 mod threads;
@@ -50,6 +51,7 @@ pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_ser
 /// For tests and benchmarks of our own sampler.
 #[doc(hidden)]
 pub use sampler_chain::{ChainStage, SamplerChain};
+pub use saved::SavedState;
 pub use simulation::Simulation;
 pub use speed::{BELIEVABLE_BYTES_PER_SECOND, DeviceSpeed, device_speed};
 pub use threads::ThreadPool;

@@ -5,7 +5,7 @@ use std::ptr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{CallError, call};
-use crate::{Context, backend, sys};
+use crate::{Context, SavedState, backend, sys};
 
 /// Devices that one load can name: llama.cpp's own bound is 16, the host is one more.
 const MAX_DEVICES: usize = 32;
@@ -116,7 +116,7 @@ impl Context {
     /// # Errors
     /// [`CallError::Argument`] for a sequence that does not exist; [`CallError`] when there is no memory for the copy.
     #[doc(alias = "llama_state_seq_get_data")]
-    pub fn save_seq(&mut self, seq: u32) -> Result<Vec<u8>, CallError> {
+    pub fn save_seq(&mut self, seq: u32) -> Result<SavedState, CallError> {
         self.save(seq, false)
     }
 
@@ -126,7 +126,7 @@ impl Context {
     /// # Errors
     /// As of [`save_seq`](Self::save_seq).
     #[doc(alias = "llama_state_seq_get_data_ext")]
-    pub fn save_seq_part(&mut self, seq: u32) -> Result<Vec<u8>, CallError> {
+    pub fn save_seq_part(&mut self, seq: u32) -> Result<SavedState, CallError> {
         self.save(seq, true)
     }
 
@@ -148,13 +148,11 @@ impl Context {
         Ok(n_bytes)
     }
 
-    fn save(&mut self, seq: u32, part: bool) -> Result<Vec<u8>, CallError> {
+    fn save(&mut self, seq: u32, part: bool) -> Result<SavedState, CallError> {
         let seq = self.checked_seq(seq)?;
         let mut n_bytes = self.state_bytes(seq, part)?;
-        let mut state = Vec::new();
-        let no_memory = |_| CallError::Refused(format!("no memory for {n_bytes} bytes"));
-        state.try_reserve_exact(n_bytes).map_err(no_memory)?;
-        state.resize(n_bytes, 0);
+        let no_memory = || CallError::Refused(format!("no memory for {n_bytes} bytes"));
+        let mut state = SavedState::zeroed(n_bytes).ok_or_else(no_memory)?;
         // SAFETY: as before, and the buffer has `n_bytes` bytes.
         call(|error| unsafe {
             sys::mnv_state_seq_get(self.raw(), seq, part, state.as_mut_ptr(), &raw mut n_bytes, error)

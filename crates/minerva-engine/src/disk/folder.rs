@@ -10,6 +10,8 @@ use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use minerva_llama::SavedState;
+
 use super::format::{Damage, Head, NamespaceName, StateKey, file_bytes, last_digest, read_state};
 use super::{MOST_FILES, Store};
 use crate::request::TokenId;
@@ -202,7 +204,7 @@ impl Store for Folder {
         }
     }
 
-    fn read(&mut self, file: FileId) -> Result<Vec<u8>, Damage> {
+    fn read(&mut self, file: FileId) -> Result<SavedState, Damage> {
         let Some(known) = self.files.get(&file) else { return Err(Damage::Unreadable) };
         let read = read_known(known, self.limit_bytes);
         if let Err(damage) = read {
@@ -224,7 +226,7 @@ impl Store for Folder {
     }
 }
 
-fn read_known(known: &Known, limit_bytes: u64) -> Result<Vec<u8>, Damage> {
+fn read_known(known: &Known, limit_bytes: u64) -> Result<SavedState, Damage> {
     let mut file = open(&known.path)?;
     let (head, digest) = Head::read(&mut file, known.n_bytes, limit_bytes)?;
     if digest != known.digest {

@@ -19,6 +19,8 @@
 
 use std::io::Read;
 
+use minerva_llama::SavedState;
+
 use crate::request::TokenId;
 
 /// What a file begins with.
@@ -139,14 +141,10 @@ pub(super) fn read_state(
     file: &mut impl Read,
     head: &Head,
     head_digest: &[u8; DIGEST_BYTES],
-) -> Result<Vec<u8>, Damage> {
+) -> Result<SavedState, Damage> {
     let n_bytes = usize::try_from(head.n_state_bytes).map_err(|_| Damage::TooLarge)?;
-    let mut state = Vec::new();
-    state.try_reserve_exact(n_bytes).map_err(|_| Damage::TooLarge)?;
-    let n_read = file.by_ref().take(head.n_state_bytes).read_to_end(&mut state).map_err(|_| Damage::Unreadable)?;
-    if n_read != n_bytes {
-        return Err(Damage::Length);
-    }
+    let mut state = SavedState::zeroed(n_bytes).ok_or(Damage::TooLarge)?;
+    fill(file, &mut state)?;
     let mut digest = [0; DIGEST_BYTES];
     fill(file, &mut digest)?;
     // Constant time is not needed: it is no secret.
@@ -195,7 +193,7 @@ mod tests {
         bytes
     }
 
-    fn read(bytes: &[u8]) -> Result<(Head, Vec<u8>), Damage> {
+    fn read(bytes: &[u8]) -> Result<(Head, SavedState), Damage> {
         let mut file = bytes;
         let (head, digest) = Head::read(&mut file, bytes.len() as u64, 1 << 20)?;
         let state = read_state(&mut file, &head, &digest)?;
@@ -206,7 +204,7 @@ mod tests {
     fn every_flipped_bit_and_every_length_but_the_right_one_is_found() {
         let bytes = whole((0..40).collect(), &[5; 300]);
         assert_eq!(bytes.len() as u64, file_bytes(40, 300));
-        assert_eq!(read(&bytes), Ok((head((0..40).collect(), 300), vec![5; 300])));
+        assert_eq!(read(&bytes), Ok((head((0..40).collect(), 300), vec![5; 300].into())));
         for i in 0..bytes.len() {
             for bit in 0..8 {
                 let mut flipped = bytes.clone();
@@ -254,7 +252,7 @@ mod tests {
             state in prop::collection::vec(any::<u8>(), 0..500),
         ) {
             let (head, found) = read(&whole(tokens.clone(), &state)).expect("it is whole");
-            prop_assert_eq!((head.tokens, found), (tokens, state));
+            prop_assert_eq!((head.tokens, found), (tokens, state.into()));
         }
 
         #[test]

@@ -16,6 +16,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use minerva_llama::SavedState;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::folder::{Folder, FolderError};
@@ -75,7 +76,7 @@ pub(crate) trait Store: Send {
     ///
     /// # Errors
     /// What is wrong with the file.
-    fn read(&mut self, file: FileId) -> Result<Vec<u8>, Damage>;
+    fn read(&mut self, file: FileId) -> Result<SavedState, Damage>;
 
     fn remove(&mut self, file: FileId);
 
@@ -86,7 +87,7 @@ pub(crate) trait Store: Send {
 /// What the thread has to do.
 #[derive(Debug)]
 pub(crate) enum Job {
-    Write { file: FileId, namespace: u64, tokens: Vec<TokenId>, state: Arc<Vec<u8>> },
+    Write { file: FileId, namespace: u64, tokens: Vec<TokenId>, state: Arc<SavedState> },
     Read { file: FileId, at: ParkId },
     Remove { file: FileId },
 }
@@ -100,7 +101,7 @@ pub(crate) enum Answer {
     },
     Read {
         at: ParkId,
-        state: Option<Vec<u8>>,
+        state: Option<SavedState>,
         took_us: u64,
     },
     /// The disk cannot be written any more; nothing else will be answered.

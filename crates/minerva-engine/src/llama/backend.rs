@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use minerva_llama::{Batch, Context, DecodeError, DeviceBytes};
+use minerva_llama::{Batch, Context, DecodeError, DeviceBytes, SavedState};
 
 use super::claims::Claim;
 use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
@@ -103,7 +103,7 @@ impl Backend for LlamaBackend {
         self.context.copy_seq(src, dst, n_tokens).unwrap_or(false)
     }
 
-    fn save(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+    fn save(&mut self, seq: SeqId) -> Option<SavedState> {
         let saved = self.context.save_seq(seq);
         saved.inspect_err(|error| tracing::warn!("what a sequence holds cannot be copied out: {error}")).ok()
     }
@@ -116,7 +116,7 @@ impl Backend for LlamaBackend {
         is_there
     }
 
-    fn save_part(&mut self, seq: SeqId) -> Option<Vec<u8>> {
+    fn save_part(&mut self, seq: SeqId) -> Option<SavedState> {
         let saved = self.context.save_seq_part(seq);
         saved.inspect_err(|error| tracing::warn!("no checkpoint of a sequence can be taken: {error}")).ok()
     }

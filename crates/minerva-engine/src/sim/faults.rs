@@ -4,6 +4,8 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
+use minerva_llama::SavedState;
+
 use crate::disk::{Damage, DiskCache, Opened, StateKey, Store};
 use crate::request::TokenId;
 use crate::scheduler::FileId;
@@ -48,7 +50,7 @@ impl Store for Faulty {
         self.store.write(file, namespace, tokens, state)
     }
 
-    fn read(&mut self, file: FileId) -> Result<Vec<u8>, Damage> {
+    fn read(&mut self, file: FileId) -> Result<SavedState, Damage> {
         thread::sleep(Duration::from_micros(self.disk.slow_us));
         self.n_reads += 1;
         if self.disk.fails_every_reads.is_some_and(|every| self.n_reads.is_multiple_of(every.max(1))) {

@@ -42,15 +42,15 @@ fn one_request_does_not_wait_for_the_two_hundred_of_another_client() {
 #[test]
 fn a_request_whose_deadline_passes_in_the_queue_never_begins_and_one_that_runs_is_cut_off() {
     let engine = Engine::simulate(SimConfig { n_seq_max: 1, step_us: 5_000, ..SimConfig::default() });
-    let running = submit(&engine, Request { deadline_ms: Some(200), ..greedy(tokens(1, 5), 900) });
+    let running = submit(&engine, Request { deadline_ms: Some(2_000), ..greedy(tokens(1, 5), 900) });
     let late = submit(&engine, Request { deadline_ms: Some(30), ..greedy(tokens(2, 5), 5) });
     let Err(GenerationError::DeadlineExpired { deadline_ms: 30, waited_ms }) = read(late).end else {
         panic!("its deadline was over")
     };
-    assert!((30..200).contains(&waited_ms), "{waited_ms}");
+    assert!((30..2_000).contains(&waited_ms), "{waited_ms}");
     let answer = read(running);
     assert_eq!(answer.choices[0].reason(), FinishReason::Length);
-    assert!((2..100).contains(&answer.summary().completion_tokens), "{:?}", answer.summary());
+    assert!((2..800).contains(&answer.summary().completion_tokens), "{:?}", answer.summary());
     let stats = engine.stats();
     assert_eq!((stats.failed_total, stats.requests_queued), (1, 0));
 }
