@@ -51,6 +51,11 @@ impl Answer {
         Some(self.pieces_ms.first()? - self.start_ms)
     }
 
+    /// From the first piece of text to the last.
+    fn decode_ms(&self) -> Option<f64> {
+        Some(self.pieces_ms.last()? - self.pieces_ms.first()?)
+    }
+
     /// Notes a piece of text. `true` when the client leaves now.
     pub(super) fn piece(&mut self, clock: Instant, leave: Option<Leave>) -> bool {
         self.pieces_ms.push(since_ms(clock));
@@ -118,6 +123,10 @@ pub(super) struct Figures {
     pub(super) idle_ttft_ms: Option<f64>,
     /// Over twice its TTFT before the flood and one step of the flood.
     pub(super) fairness: Option<f64>,
+    /// Time to decode without guessing ahead over that with it, for as many tokens.
+    pub(super) speculation: Option<f64>,
+    /// Pairs whose two texts are equal, and all.
+    pub(super) equal_pairs: Option<[usize; 2]>,
     /// Prompt tokens of a burst that were computed, over those that may be.
     pub(super) computed_share: Option<f64>,
     pub(super) refusals: u64,
@@ -156,7 +165,11 @@ impl Figures {
                 answer.n_tokens() * n_inside as f64 / answer.pieces_ms.len() as f64
             })
             .sum();
-        let counted_ms = if beside.is_some() { to - from } else { sample.wall_ms };
+        let counted_ms = match beside {
+            Some(_) => to - from,
+            None if shape.has_pairs => streams().map(|answer| answer.end_ms - answer.start_ms).sum(),
+            None => sample.wall_ms,
+        };
         let long_ends = || of_role(Role::Long).filter(|a| a.error.is_none()).map(|a| a.end_ms);
         // Up to the last one that ended in the window: a window cuts one off, and the slower server should not pay more.
         let last_long = long_ends().filter(|end| inside(*end)).fold(from, f64::max);
@@ -197,6 +210,11 @@ impl Figures {
                 let steps = of_role(Role::Flood).flat_map(|a| a.pieces_ms.windows(2)).map(|pair| pair[1] - pair[0]);
                 Some(ttft_p50_ms? / (2.0 * idle + stats::median(steps)?))
             }),
+            speculation: shape.has_pairs.then(|| speculation(&sample.answers)).flatten(),
+            equal_pairs: shape.has_pairs.then(|| {
+                let n_equal = pairs(&sample.answers).filter(|(own, twin)| own.text == twin.text).count();
+                [n_equal, pairs(&sample.answers).count()]
+            }),
             computed_share: (shape.system_words > 0).then(|| computed_share(streams())).flatten(),
             refusals: sample.answers.iter().map(|answer| u64::from(answer.refusals)).sum(),
             replays: (!sample.replayed.is_empty()).then(|| {
@@ -225,6 +243,20 @@ fn computed_share<'a>(answers: impl Iterator<Item = &'a Answer>) -> Option<f64> 
     let computed: u32 = counts.iter().map(|(prompt, cached)| prompt - cached).sum();
     let own: u32 = counts.iter().map(|(prompt, _)| prompt.saturating_sub(common) + CHUNK_TOKENS).sum();
     Some(f64::from(computed) / f64::from(common + own))
+}
+
+/// Requests that were answered in full, each with its twin.
+fn pairs(answers: &[Answer]) -> impl Iterator<Item = (&Answer, &Answer)> {
+    let answered = |role: Role| answers.iter().filter(move |answer| answer.role == role && answer.error.is_none());
+    answered(Role::Stream)
+        .filter_map(move |own| Some((own, answered(Role::Twin).find(|twin| twin.index == own.index)?)))
+}
+
+/// Time to decode without guessing ahead over that with it; both answers of a pair have as many tokens.
+fn speculation(answers: &[Answer]) -> Option<f64> {
+    let times = pairs(answers).filter_map(|(own, twin)| Some((own.decode_ms()?, twin.decode_ms()?)));
+    let (with_ms, without_ms) = times.fold((0.0, 0.0), |(with, without), (own, twin)| (with + own, without + twin));
+    (with_ms > 0.0).then(|| without_ms / with_ms)
 }
 
 /// MiB per minute.
@@ -305,6 +337,23 @@ mod tests {
         ];
         let figures = Figures::of(&sample(1000.0, answers), &shape(Workload::Fairness));
         assert_eq!((figures.idle_ttft_ms, figures.fairness), (Some(100.0), Some(1.0)));
+    }
+
+    #[test]
+    fn guessing_ahead_is_as_good_as_its_pairs_decode_faster() {
+        let of = |role, index, pieces: &[f64]| Answer { role, index, ..answer(0.0, pieces) };
+        let failed = Answer { error: Some("no".to_owned()), ..of(Role::Twin, 2, &[1.0, 9000.0]) };
+        let answers = vec![
+            of(Role::Stream, 0, &[100.0, 200.0]),
+            of(Role::Twin, 0, &[100.0, 300.0]),
+            of(Role::Twin, 1, &[500.0, 600.0]),
+            Answer { text: "other".to_owned(), ..of(Role::Stream, 1, &[500.0, 600.0]) },
+            of(Role::Stream, 2, &[100.0, 200.0]),
+            failed,
+        ];
+        let figures = Figures::of(&sample(9.0, answers), &shape(Workload::Repetitions));
+        assert_eq!((figures.speculation, figures.equal_pairs), (Some(1.5), Some([1, 2])));
+        assert_eq!(Figures::of(&sample(9.0, Vec::new()), &shape(Workload::One)).speculation, None);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
-use minerva_engine::{ChatMessage, Engine, Event, Request, RequestError};
+use minerva_engine::{ChatMessage, Engine, Event, Request, RequestError, SamplingParams};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -79,6 +79,13 @@ fn body(model: &str, ask: &Ask) -> Bytes {
     }
     if !ask.cache_prompt {
         body["cache_prompt"] = json!(false);
+    }
+    if !ask.speculate {
+        body["speculate"] = json!(false);
+    }
+    if let Some(seed) = ask.seed {
+        body["seed"] = json!(seed);
+        (body["temperature"], body["top_k"], body["top_p"], body["min_p"]) = (json!(1), json!(0), json!(1), json!(0));
     }
     if ask.top_logprobs > 0 {
         body["logprobs"] = json!(true);
@@ -205,6 +212,11 @@ async fn ask_engine(engine: &Engine, ask: &Ask, clock: Instant, answer: &mut Ans
     let mut request = Request::chat(messages).max_tokens(ask.max_tokens).greedy();
     request.ignore_eos = true;
     request.cache_prompt = ask.cache_prompt;
+    request.speculate = ask.speculate;
+    if let Some(seed) = ask.seed {
+        request.sampling =
+            SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: Some(seed), ..request.sampling };
+    }
     request.logprobs = (ask.top_logprobs > 0).then_some(ask.top_logprobs);
     let mut events = match engine.generate(request).await {
         Ok(events) => events,
@@ -274,6 +286,7 @@ mod tests {
         let of = |name: &str| body.get(name).cloned();
         assert_eq!((of("cache_prompt"), of("top_logprobs")), (Some(json!(false)), Some(json!(5))));
         assert_eq!((of("ignore_eos"), of("response_format")), (Some(json!(true)), None));
+        assert_eq!((of("temperature"), of("speculate"), of("seed")), (Some(json!(0)), None, None));
         let chunk = r#"{"choices":[{"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","bytes":[97],"logprob":-1,
             "top_logprobs":[{"token":"a","bytes":[97],"logprob":-1}]}]}}]}"#;
         assert_eq!(read(&[chunk], None).0.tokens.len(), 1);

@@ -22,7 +22,7 @@ const FLOODED_REQUESTS: usize = 5;
 /// The flood runs so long before the other client asks.
 const FLOOD_HEAD_START: Duration = Duration::from_secs(2);
 
-/// Answers that are asked for again after an overload, times the scale, within these bounds.
+/// Answers that are asked for again after a round, times the scale, within these bounds.
 const REPLAYS: (f64, f64, f64) = (8.0, 8.0, 64.0);
 
 /// Requests of an overload or a flood may wait for so much longer: they queue behind all the others.
@@ -66,16 +66,16 @@ pub(super) async fn run(client: &Client, round: Round, timeout: Duration) -> any
         answers: Mutex::new(Vec::new()),
     });
     let mut sample = Sample::default();
-    if workload == Workload::Fairness {
-        flood(&shared).await?;
-    } else {
-        streams_and_long_prompts(&shared).await?;
+    match workload {
+        Workload::Fairness => flood(&shared).await?,
+        Workload::Repetitions | Workload::RandomText => pairs(&shared).await,
+        _ => streams_and_long_prompts(&shared).await?,
     }
     sample.wall_ms = since_ms(shared.clock);
     sample.load_cpu_ms = own_ms().zip(cpu_before_ms).map(|(after, before)| after - before);
     match workload {
         Workload::JsonSchema => sample.twin_ms = Some(twins(&shared).await?),
-        Workload::Overload => sample.replayed = replays(&shared, round.scale).await,
+        Workload::Overload | Workload::Repetitions => sample.replayed = replays(&shared, round.scale).await,
         Workload::Canary => shared.search(&mut sample),
         _ => {}
     }
@@ -149,6 +149,17 @@ async fn twins(shared: &Arc<Shared>) -> anyhow::Result<f64> {
     Ok(since_ms(began))
 }
 
+/// Each request and its twin, one after the other; every second pair the other way round.
+async fn pairs(shared: &Arc<Shared>) {
+    for index in 0..shared.asks.shape().requests.unwrap_or(0) {
+        let mut roles = [Role::Stream, Role::Twin];
+        roles.rotate_left(index % 2);
+        for role in roles {
+            shared.send(role, index).await;
+        }
+    }
+}
+
 /// Key B alone, then key A with everything at once and key B beside it, one request after the other.
 async fn flood(shared: &Arc<Shared>) -> anyhow::Result<()> {
     for index in 0..IDLE_REQUESTS {
@@ -169,9 +180,9 @@ async fn flood(shared: &Arc<Shared>) -> anyhow::Result<()> {
     join(clients).await
 }
 
-/// Asks again, one at a time and without the cache, for some of the answers that were complete.
+/// Asks again, one at a time, without the cache and without guessing ahead, for some of the answers that were complete.
 async fn replays(shared: &Arc<Shared>, scale: f64) -> Vec<(usize, replay::Verdict)> {
-    let complete = |answer: &&Answer| answer.error.is_none() && !answer.has_left;
+    let complete = |answer: &&Answer| answer.role == Role::Stream && answer.error.is_none() && !answer.has_left;
     let mut survivors: Vec<(usize, String)> =
         shared.lock().iter().filter(complete).map(|answer| (answer.index, answer.text.clone())).collect();
     survivors.sort_unstable();
@@ -183,6 +194,7 @@ async fn replays(shared: &Arc<Shared>, scale: f64) -> Vec<(usize, replay::Verdic
         let ask = Ask {
             leave: None,
             cache_prompt: false,
+            speculate: false,
             top_logprobs: replay::TOP_LOGPROBS,
             ..shared.asks.ask(Role::Stream, *index)
         };

@@ -29,6 +29,8 @@ pub(super) enum Metric {
     OfFree,
     Fairness,
     Computed,
+    /// Decoding with guesses over decoding without.
+    Speculation,
     LeftOver,
     Wrong,
     Leaks,
@@ -37,7 +39,7 @@ pub(super) enum Metric {
 }
 
 impl Metric {
-    const ALL: [(Self, &'static str); 16] = [
+    const ALL: [(Self, &'static str); 17] = [
         (Self::Throughput, "throughput"),
         (Self::TtftP50, "ttft-p50"),
         (Self::TtftP99, "ttft-p99"),
@@ -50,6 +52,7 @@ impl Metric {
         (Self::OfFree, "of-free"),
         (Self::Fairness, "fairness"),
         (Self::Computed, "computed"),
+        (Self::Speculation, "speculation"),
         (Self::LeftOver, "left-over"),
         (Self::Wrong, "wrong"),
         (Self::Leaks, "leaks"),
@@ -89,6 +92,7 @@ impl Metric {
             Self::OfFree => Some(figures.throughput? / figures.twin_throughput?),
             Self::Fairness => figures.fairness,
             Self::Computed => figures.computed_share,
+            Self::Speculation => figures.speculation,
             Self::LeftOver => figures.left_over,
             Self::Wrong => figures.replays.map(|[.., wrong]| wrong as f64),
             Self::Leaks => figures.leaks.map(|n| n as f64),
@@ -326,6 +330,13 @@ fn own_notes(series: &Series) -> Vec<String> {
     }
     if let Some(share) = value(Metric::Computed).filter(|_| series.workload == Workload::Burst) {
         notes.push(format!("computed {share:.3} of: the common part once, and for each its own part and a chunk"));
+    }
+    if let Some(speed) = value(Metric::Speculation) {
+        let [equal, all] =
+            series.figures.iter().filter_map(|f| f.equal_pairs).fold([0, 0], |[a, b], [c, d]| [a + c, b + d]);
+        notes.push(format!(
+            "guessing ahead decodes {speed:.3} times as fast; {equal} of {all} texts are the same as without"
+        ));
     }
     if sum(|f| f.refusals) > 0 {
         notes.push(format!("had no room {} times; the clients asked again", sum(|f| f.refusals)));

@@ -34,6 +34,10 @@ pub enum Workload {
     Fairness,
     /// 8 clients with two keys, each prompt with a secret; a third leaves (10,000 requests with --scale 25)
     Canary,
+    /// 1 client has texts of 64 words repeated, each with guessing ahead and without it by turns; 256 tokens
+    Repetitions,
+    /// 1 client, the same by turns; 64-word prompts, 256 tokens drawn at temperature 1
+    RandomText,
 }
 
 /// What a request is in its workload.
@@ -45,7 +49,7 @@ pub(super) enum Role {
     Stream,
     /// A long prompt beside the streams.
     Long,
-    /// Without the schema, as many tokens.
+    /// As many tokens, without the schema or without guessing ahead.
     Twin,
     /// Of the client that has the server for itself before the flood.
     Idle,
@@ -68,6 +72,8 @@ impl Workload {
             Self::Overload => "overload",
             Self::Fairness => "fairness",
             Self::Canary => "canary",
+            Self::Repetitions => "repetitions",
+            Self::RandomText => "random-text",
         }
     }
 
@@ -95,6 +101,7 @@ impl Round {
             window: None,
             beside: None,
             has_leavers: false,
+            has_pairs: false,
         };
         match self.workload {
             Workload::One => plain(1, 6, 128),
@@ -121,6 +128,7 @@ impl Round {
                 plain(flood, flood, 64)
             }
             Workload::Canary => Shape { prompt_words: 8, system_words: 40, has_leavers: true, ..plain(8, 400, 24) },
+            Workload::Repetitions | Workload::RandomText => Shape { has_pairs: true, ..plain(1, 6, 256) },
         }
     }
 }
@@ -175,6 +183,8 @@ pub(super) struct Shape {
     pub(super) window: Option<Duration>,
     pub(super) beside: Option<Beside>,
     pub(super) has_leavers: bool,
+    /// Each request is followed or preceded by its twin.
+    pub(super) has_pairs: bool,
 }
 
 /// The client with long prompts beside the streams.
@@ -211,6 +221,10 @@ pub(super) struct Ask {
     pub(super) key: usize,
     /// The server may reuse what others computed.
     pub(super) cache_prompt: bool,
+    /// The server may guess tokens ahead.
+    pub(super) speculate: bool,
+    /// Tokens are drawn with this seed, from all of them; `None` takes the likeliest.
+    pub(super) seed: Option<u64>,
     /// Alternatives per token; more than 0 reports tokens.
     pub(super) top_logprobs: u32,
     /// The answer keeps its text.
@@ -227,6 +241,8 @@ impl Default for Ask {
             has_schema: false,
             key: 0,
             cache_prompt: true,
+            speculate: true,
+            seed: None,
             top_logprobs: 0,
             keeps_text: false,
         }
@@ -273,6 +289,7 @@ impl Asks {
         match role {
             Role::Stream | Role::Flood => self.stream(role, index),
             Role::Long => self.long(index),
+            Role::Twin if self.shape.has_pairs => Ask { speculate: false, ..self.stream(role, index) },
             // The same sizes, other words.
             Role::Twin => Ask { user: self.words(5, index, self.shape.prompt_words), ..self.plain() },
             Role::Idle => Ask { user: self.words(6, index, self.shape.prompt_words), key: 1, ..self.plain() },
@@ -309,6 +326,13 @@ impl Asks {
                 ask.user = canary::prompt(&ask.user, &self.secret(index));
                 // Both keys with the cache and without it.
                 (ask.key, ask.cache_prompt, ask.keeps_text) = (index % 2, index % 4 < 2, true);
+            }
+            Workload::Repetitions => {
+                ask.user = format!("Repeat this text word by word, again and again: {}", ask.user);
+                (ask.cache_prompt, ask.keeps_text) = (false, true);
+            }
+            Workload::RandomText => {
+                (ask.cache_prompt, ask.keeps_text, ask.seed) = (false, true, Some(index as u64));
             }
             _ => {}
         }
@@ -393,6 +417,17 @@ mod tests {
         let secrets: std::collections::BTreeSet<String> = (0..1000).map(|index| asks.secret(index)).collect();
         assert_eq!(secrets.len(), 1000);
         assert!(asks.ask(Role::Stream, 5).user.contains(&asks.secret(5)));
+    }
+
+    #[test]
+    fn a_twin_of_a_pair_differs_in_guessing_and_nothing_else() {
+        for workload in [Workload::Repetitions, Workload::RandomText] {
+            let asks = asks(workload, 0);
+            let (ask, twin) = (asks.ask(Role::Stream, 3), asks.ask(Role::Twin, 3));
+            assert_eq!((ask.user, ask.seed, ask.speculate), (twin.user, twin.seed, !twin.speculate));
+        }
+        assert_ne!(asks(Workload::RandomText, 0).ask(Role::Stream, 1).seed, None);
+        assert_eq!(asks(Workload::Repetitions, 0).ask(Role::Stream, 1).seed, None);
     }
 
     #[test]
