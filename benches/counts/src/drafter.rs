@@ -6,5 +6,4 @@ mod guess;
 mod lookup;
 
 pub use guess::{Draft, DraftError, Drafted, Drafter, Wish};
-pub use lookup::Lookup;
-pub(crate) use lookup::look_up;
+pub(crate) use lookup::said_before;

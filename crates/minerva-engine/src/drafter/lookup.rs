@@ -1,59 +1,44 @@
 //! Prompt lookup: what followed the same tokens earlier in a sequence is guessed to follow again.
 
-use super::{Draft, DraftError, Drafted, Drafter, Wish};
-use crate::backend::SeqId;
 use crate::request::TokenId;
 
 /// So many tokens have to be the same for what followed them to be a guess.
 const N_GRAM: usize = 3;
 
+/// More than these are not compared.
+const MOST_SAME_TOKENS: usize = 16;
+
 /// How far back they are looked for, so that a step of a long context stays short.
 const MOST_SEARCHED_TOKENS: usize = 16 << 10;
 
-/// Guesses from the sequence itself. It holds nothing and takes no time worth counting.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Lookup;
-
-impl Drafter for Lookup {
-    fn draft(&mut self, wishes: &[(Wish, &[TokenId])]) -> Result<Drafted, DraftError> {
-        let drafts = wishes.iter().map(|(wish, history)| {
-            let mut tokens = Vec::new();
-            look_up(history, wish.n_most as usize, &mut tokens);
-            Draft { seq: wish.seq, tokens, n_held: 0, is_complete: true }
-        });
-        Ok(Drafted { drafts: drafts.collect(), ..Drafted::default() })
-    }
-
-    fn truncate(&mut self, _seq: SeqId, _n_tokens: u32) {}
-
-    fn n_cells(&self) -> u64 {
-        0
-    }
+/// What a text ends with was said before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Said {
+    /// The place of what followed.
+    next: usize,
+    /// How many tokens before it are the same as at the end, as far as they are compared.
+    pub(crate) n_same: usize,
 }
 
-/// Where what the text ends with was said before, if it was: the place of what followed.
-fn said_before(tokens: &[TokenId]) -> Option<usize> {
+/// Where the text ended like this the last time, if it did.
+pub(crate) fn said_before(tokens: &[TokenId]) -> Option<Said> {
     let (before, end) = tokens.split_at(tokens.len().checked_sub(N_GRAM)?);
     let from = before.len().saturating_sub(MOST_SEARCHED_TOKENS);
     // The newest first. It may overlap with the end, as in a row of equal tokens.
     let found = (from..before.len()).rev().find(|&i| tokens[i..i + N_GRAM] == *end)?;
-    Some(found + N_GRAM)
+    let next = found + N_GRAM;
+    let same = tokens[..next].iter().rev().zip(tokens.iter().rev()).take(MOST_SAME_TOKENS);
+    Some(Said { next, n_same: same.take_while(|(then, now)| then == now).count() })
 }
 
-impl Lookup {
-    /// Whether it has a guess.
-    pub(crate) fn has_guess(tokens: &[TokenId]) -> bool {
-        said_before(tokens).is_some()
-    }
-}
-
-/// What followed the last time that the text ended like this, `most` tokens of it; nothing when it never did.
-pub(crate) fn look_up(tokens: &[TokenId], most: usize, guess: &mut Vec<TokenId>) {
-    guess.clear();
-    let Some(first) = said_before(tokens) else { return };
-    for next in first..first + most {
-        // Where the text ends the guess goes on with itself: what repeats itself does so again.
-        guess.push(tokens.get(next).copied().unwrap_or_else(|| guess[next - tokens.len()]));
+impl Said {
+    /// `most` tokens of what followed.
+    pub(crate) fn guess(self, tokens: &[TokenId], most: usize, guess: &mut Vec<TokenId>) {
+        guess.clear();
+        for next in self.next..self.next + most {
+            // Where the text ends the guess goes on with itself: what repeats itself does so again.
+            guess.push(tokens.get(next).copied().unwrap_or_else(|| guess[next - tokens.len()]));
+        }
     }
 }
 
@@ -65,8 +50,21 @@ mod tests {
 
     fn guess(tokens: &[TokenId], most: usize) -> Vec<TokenId> {
         let mut guess = vec![9; 3]; // of another step
-        look_up(tokens, most, &mut guess);
+        match said_before(tokens) {
+            Some(said) => said.guess(tokens, most, &mut guess),
+            None => guess.clear(),
+        }
         guess
+    }
+
+    #[test]
+    fn it_is_known_how_much_was_the_same() {
+        let n_same = |tokens: &[TokenId]| said_before(tokens).map(|said| said.n_same);
+        assert_eq!(n_same(&[1, 2, 3, 9, 1, 2, 3]), Some(3));
+        assert_eq!(n_same(&[8, 1, 2, 3, 4, 5, 7, 1, 2, 3, 4, 5]), Some(5));
+        assert_eq!(n_same(&[1, 2, 3, 4]), None);
+        assert_eq!(n_same(&[6; 40]), Some(MOST_SAME_TOKENS));
+        assert_eq!(n_same(&[6; 8]), Some(7), "no more than there are");
     }
 
     #[test]

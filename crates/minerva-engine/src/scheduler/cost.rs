@@ -33,8 +33,6 @@ pub(super) struct Costs {
     steps_mixed: [u32; N_BUCKETS],
     /// Time of one prompt token over its place.
     prefill: Line,
-    /// Time of a step that only decodes over its rows.
-    rows: Line,
     /// Time in which a draft model writes one more token of each guess, over the guesses.
     draft: Line,
     /// Time of a token that a draft model is behind by, over nothing.
@@ -50,7 +48,6 @@ impl Costs {
         }
         if work.n_prefill == 0 {
             self.decode[bucket(work.n_decode)].learn(work.n_decode_cells as f64, step_us);
-            self.rows.learn(work.n_decode as f64, step_us);
         } else if work.n_prefill >= MIN_PREFILL_TOKENS {
             let decode_us = self.decode_us(work.n_decode, work.n_decode_cells);
             self.prefill.learn(work.prefill_pos, (step_us - decode_us).max(0.0) / work.n_prefill as f64);
@@ -74,9 +71,21 @@ impl Costs {
         self.decode[at].weight <= 0.0 || self.steps_mixed[at] >= MOST_MIXED
     }
 
-    /// What one more row adds to a step that only decodes; 0 while nothing is known.
-    pub(super) fn row_us(&self) -> f64 {
-        self.rows.slope()
+    /// The time of a step that decodes so many rows with so many cells, guesses among them: between two numbers that were measured
+    /// on the straight line, elsewhere that of the nearest. 0 while nothing is known.
+    pub(super) fn rows_us(&self, n_rows: usize, n_cells: u64) -> f64 {
+        let at = bucket(n_rows);
+        let time_us = |bucket: usize| self.decode[bucket].at(n_cells as f64);
+        let below = (0..=at).rev().find_map(|bucket| Some((bucket, time_us(bucket)?)));
+        let above = (at + 1..N_BUCKETS).find_map(|bucket| Some((bucket, time_us(bucket)?)));
+        match (below, above) {
+            (Some((low, low_us)), Some((high, high_us))) if low < at => {
+                let (low, high) = (rows_of(low), rows_of(high));
+                low_us + (high_us - low_us) * (n_rows as f64 - low) / (high - low)
+            }
+            (Some((_, us)), _) | (None, Some((_, us))) => us,
+            (None, None) => 0.0,
+        }
     }
 
     /// A draft model took so many rounds for a token of each guess; the guesses of all rounds are counted.
@@ -116,6 +125,12 @@ fn bucket(n_decode: usize) -> usize {
     let octave = n.ilog2() as usize;
     let quarter = ((n << 2) >> octave) & 3;
     (4 * octave + quarter).min(N_BUCKETS - 1)
+}
+
+/// The least number of rows in a bucket.
+fn rows_of(bucket: usize) -> f64 {
+    let octave = 1_u32 << (bucket / 4);
+    f64::from(octave) * (1.0 + (bucket % 4) as f64 / 4.0)
 }
 
 /// A line through recent measurements: least squares, with weights that fade.
@@ -205,6 +220,25 @@ mod tests {
         assert_eq!([1, 2, 8, 16, 31, 32].map(|n| costs.decode_us(n, 100) as u64 / 1000), [10, 10, 10, 40, 40, 40]);
         costs.learn(Work { n_prefill: 100, prefill_pos: 50.0, ..decode(1) }, 60_000);
         assert_eq!(costs.prefill_token_us(50.0), Some(500.0));
+    }
+
+    #[test]
+    fn rows_between_two_measurements_take_what_lies_between() {
+        let mut costs = Costs::default();
+        assert!(costs.rows_us(1, 0) <= 0.0);
+        for n_decode in [1, 2, 3, 4, 5, 7, 8, 10, 31, 64] {
+            assert!(rows_of(bucket(n_decode)) <= n_decode as f64 && rows_of(bucket(n_decode) + 1) > n_decode as f64);
+        }
+        for (n_decode, step_us) in [(1, 10_000), (8, 45_000)] {
+            costs.learn(Work { n_decode, ..Work::default() }, step_us);
+        }
+        for _ in 0..200 {
+            costs.learn(Work { n_decode: 1, ..Work::default() }, 10_000);
+        }
+        assert_eq!(
+            [1, 2, 5, 8, 9, 12].map(|n| (costs.rows_us(n, 0) / 1000.0).round() as u64),
+            [10, 15, 30, 45, 45, 45]
+        );
     }
 
     #[test]

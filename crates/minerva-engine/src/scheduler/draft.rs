@@ -9,11 +9,18 @@ use super::cost::Costs;
 /// The longest guess from what the text has said before.
 pub(super) const MOST_LOOKED_UP_TOKENS: usize = 12;
 
-/// Trust in the first guess of a request: half of them pay.
+/// Trust in a draft model's first guess for a request.
 const FIRST_TRUST: f64 = 0.7;
+
+/// From how many equal tokens on a guess is trusted as those like it were, and at first. Three are often chance, nine are a
+/// quotation: drawn at random a text has some of the first in every hundred tokens and none of the last.
+const SAME_TOKENS: [(usize, f64); 3] = [(0, 0.3), (5, 0.7), (9, 0.9)];
 
 /// Weight of the newest guess.
 const LEARN: f64 = 0.15;
+
+/// Its weight for guesses after fewer equal tokens: a text that quotes goes on quoting where it left off.
+const LEARN_SHORTER: f64 = 0.05;
 
 /// A guess below this is worth nothing.
 const LEAST_TRUST: f64 = 0.05;
@@ -34,7 +41,7 @@ const TRIAL_SHARE: f64 = 0.05;
 const FIRST_GAIN: f64 = 1.2;
 const LEAST_GAIN: f64 = 0.8;
 
-/// How good the guesses for one sequence are.
+/// How good a draft model's guesses for one sequence are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Trust {
     /// The share of guessed tokens that were right, the first wrong one of each guess included.
@@ -61,10 +68,7 @@ impl Trust {
     /// A guess was looked at: of `n_guessed` tokens the first `n_right` were right.
     pub(super) fn learn(&mut self, n_guessed: usize, n_right: usize) {
         self.n_since_guess = 0;
-        for i in 0..n_guessed.min(n_right + 1) {
-            let right = if i < n_right { 1.0 } else { 0.0 };
-            self.rate += LEARN * (right - self.rate);
-        }
+        learn(&mut self.rate, LEARN, n_guessed, n_right);
     }
 
     /// A step with a draft gave `gain` times the tokens in its time that it would have given without.
@@ -84,13 +88,6 @@ impl Trust {
         self.n_since_guess = self.n_since_guess.saturating_add(1);
     }
 
-    /// How many tokens to look up: as long as the time that a right guess saves, times how likely it is, is more than its row takes.
-    pub(super) fn worth(&self, costs: &Costs, n_decode: usize, n_cells: u64) -> usize {
-        let n = self.length(costs.decode_us(n_decode, n_cells), costs.row_us(), n_decode, MOST_LOOKED_UP_TOKENS);
-        // Texts change: a single row now and then finds out.
-        if n == 0 && self.n_since_guess >= TRY_AGAIN_TOKENS { 1 } else { n }
-    }
-
     /// How many tokens a draft model should write, at most `most`. Each of them takes its time too; a sequence that was no faster with
     /// them gets none.
     ///
@@ -104,9 +101,8 @@ impl Trust {
         (most, behind_us): (usize, f64),
     ) -> usize {
         let Some(token_us) = costs.draft_token_us(n_decode) else { return most.min(TRIAL_TOKENS) };
-        let row_us = costs.row_us() + token_us;
         let step_us = costs.decode_us(n_decode, n_cells);
-        let n = self.length(step_us, row_us, n_decode, most);
+        let n = length(self.rate, costs, (n_decode, n_cells), token_us, most);
         if n > 0 && self.gain >= 1.0 {
             return n;
         }
@@ -118,20 +114,94 @@ impl Trust {
             0
         }
     }
+}
 
-    fn length(&self, step_us: f64, row_us: f64, n_decode: usize, most: usize) -> usize {
-        let (mut n, mut likely, mut tokens, mut time) = (0, 1.0, n_decode as f64, step_us);
-        while n < most {
-            likely *= self.rate;
-            if likely < LEAST_TRUST || likely * time < row_us * tokens {
-                break;
-            }
-            n += 1;
-            tokens += likely;
-            time += row_us;
-        }
-        n
+/// How good the guesses were for one sequence that were looked up in what it has said before.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LookupTrust {
+    /// The share of guessed tokens that were right, the first wrong one of each guess included, by [`SAME_TOKENS`]. What follows
+    /// more equal tokens is never trusted less.
+    rates: [f64; SAME_TOKENS.len()],
+    n_since_guess: u32,
+}
+
+impl Default for LookupTrust {
+    fn default() -> Self {
+        Self { rates: SAME_TOKENS.map(|(_, rate)| rate), n_since_guess: 0 }
     }
+}
+
+impl LookupTrust {
+    fn kind(n_same: usize) -> usize {
+        SAME_TOKENS.iter().rposition(|(from, _)| n_same >= *from).unwrap_or(0)
+    }
+
+    /// A guess after `n_same` equal tokens was looked at: of `n_guessed` tokens the first `n_right` were right.
+    pub(super) fn learn(&mut self, n_same: usize, n_guessed: usize, n_right: usize) {
+        self.n_since_guess = 0;
+        let (shorter, longer) = self.rates.split_at_mut(Self::kind(n_same));
+        let Some((own, longer)) = longer.split_first_mut() else { return };
+        learn(own, LEARN, n_guessed, n_right);
+        for rate in shorter {
+            learn(rate, LEARN_SHORTER, n_guessed, n_right);
+            *rate = rate.min(*own);
+        }
+        for rate in longer {
+            *rate = rate.max(*own);
+        }
+    }
+
+    /// One more token without a guess.
+    pub(super) fn pass(&mut self) {
+        self.n_since_guess = self.n_since_guess.saturating_add(1);
+    }
+
+    /// How many tokens to look up after `n_same` equal ones.
+    pub(super) fn worth(&self, n_same: usize, costs: &Costs, n_decode: usize, n_cells: u64) -> usize {
+        let kind = Self::kind(n_same);
+        let n = length(self.rates[kind], costs, (n_decode, n_cells), 0.0, MOST_LOOKED_UP_TOKENS);
+        // Texts change: a single row now and then finds out.
+        let may_try = kind + 1 == SAME_TOKENS.len() && self.n_since_guess >= TRY_AGAIN_TOKENS;
+        if n == 0 && may_try { 1 } else { n }
+    }
+
+    /// Whether any number of equal tokens would be worth a guess: if not, there is no need to look.
+    pub(super) fn is_worth_a_look(&self, costs: &Costs, n_decode: usize, n_cells: u64) -> bool {
+        self.worth(usize::MAX, costs, n_decode, n_cells) > 0
+    }
+}
+
+/// The share of right tokens after one more guess.
+fn learn(rate: &mut f64, weight: f64, n_guessed: usize, n_right: usize) {
+    for i in 0..n_guessed.min(n_right + 1) {
+        let right = if i < n_right { 1.0 } else { 0.0 };
+        *rate += weight * (right - *rate);
+    }
+}
+
+/// The length of a guess, at most `most`, with which a step gives most tokens for its time, when each token is right with a
+/// probability of `rate` and takes `token_us` to be guessed; 0 when it is best without. Rows are not alike: llama.cpp computes two
+/// in twice the time of one, and eight in three times that.
+fn length(rate: f64, costs: &Costs, (n_decode, n_cells): (usize, u64), token_us: f64, most: usize) -> usize {
+    let n_decode = n_decode.max(1);
+    let time_us = |n: usize| {
+        let rows_us = costs.rows_us(n_decode + n, n_cells * (n_decode + n) as u64);
+        (rows_us + n as f64 * token_us).max(1.0)
+    };
+    let (mut likely, mut tokens) = (1.0, n_decode as f64);
+    let (mut best, mut best_speed) = (0, tokens / time_us(0));
+    for n in 1..=most {
+        likely *= rate;
+        if likely < LEAST_TRUST {
+            break;
+        }
+        tokens += likely;
+        let speed = tokens / time_us(n);
+        if speed > best_speed {
+            (best, best_speed) = (n, speed);
+        }
+    }
+    best
 }
 
 #[cfg(test)]
@@ -149,21 +219,37 @@ mod tests {
 
     #[test]
     fn guesses_are_as_long_as_they_pay() {
-        let mut trust = Trust::default();
-        let cheap = costs(10_000, 500);
-        let dear = costs(10_000, 9_000);
-        assert!(trust.worth(&cheap, 1, 0) >= 4, "{}", trust.worth(&cheap, 1, 0));
-        assert_eq!(trust.worth(&dear, 1, 0), 0);
+        let mut trust = LookupTrust::default();
+        let (cheap, dear) = (costs(10_000, 500), costs(10_000, 9_900));
+        assert!(trust.worth(5, &cheap, 1, 0) >= 4, "{}", trust.worth(5, &cheap, 1, 0));
+        assert!(!trust.is_worth_a_look(&dear, 1, 0));
         for _ in 0..20 {
-            trust.learn(4, 0);
+            trust.learn(20, 4, 0);
         }
-        assert_eq!(trust.worth(&cheap, 1, 0), 0, "nobody trusts who is always wrong");
+        assert_eq!(trust.worth(20, &cheap, 1, 0), 0, "nobody trusts who is always wrong");
+        assert_eq!(trust.worth(3, &cheap, 1, 0), 0, "and fewer equal tokens are not trusted more");
         (0..TRY_AGAIN_TOKENS).for_each(|_| trust.pass());
-        assert_eq!(trust.worth(&cheap, 1, 0), 1, "but he may try again");
+        assert_eq!(trust.worth(20, &cheap, 1, 0), 1, "but he may try again");
+        assert_eq!(trust.worth(3, &cheap, 1, 0), 0);
         for _ in 0..20 {
-            trust.learn(1, 1);
+            trust.learn(3, 1, 1);
         }
-        assert_eq!(trust.worth(&cheap, 1, 0), MOST_LOOKED_UP_TOKENS);
+        assert_eq!([3, 20].map(|n_same| trust.worth(n_same, &cheap, 1, 0)), [MOST_LOOKED_UP_TOKENS; 2]);
+    }
+
+    #[test]
+    fn what_follows_few_equal_tokens_is_not_guessed_where_rows_are_dear() {
+        // As a processor of two cores: two rows take twice as long as one, eight four and a half times.
+        let mut costs = Costs::default();
+        for (n_decode, step_us) in [(1, 10_000), (2, 19_000), (8, 46_000), (13, 50_000)] {
+            costs.learn(Work { n_decode, ..Work::default() }, step_us);
+        }
+        for _ in 0..100 {
+            costs.learn(Work { n_decode: 1, ..Work::default() }, 10_000); // and this is not forgotten
+        }
+        let trust = LookupTrust::default();
+        assert_eq!(trust.worth(3, &costs, 1, 0), 0);
+        assert!(trust.worth(9, &costs, 1, 0) >= 8, "{}", trust.worth(9, &costs, 1, 0));
     }
 
     #[test]

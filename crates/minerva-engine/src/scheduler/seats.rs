@@ -14,14 +14,14 @@ use room::Claims;
 use sharing::Source;
 
 use super::cost::Costs;
-use super::draft::Trust;
+use super::draft::{LookupTrust, Trust};
 use super::job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 use super::lost::Lost;
 use super::parked::{Parked, Reach};
 use super::queue::Waiting;
 use super::{Admission, CacheOp};
 use crate::backend::{BackendLimits, Row, SeqId};
-use crate::drafter::{Draft, Lookup, Wish, look_up};
+use crate::drafter::{Draft, Wish, said_before};
 use crate::request::TokenId;
 
 /// Tokens that a draft model may catch up in a step before its speed is known, and in any case.
@@ -41,13 +41,15 @@ pub(super) struct Seat {
     guess: bool,
     /// Guessed tokens of the step that is being computed, and how many of them were right so far.
     guessed: Vec<TokenId>,
+    /// How many tokens before them were the same where they were looked up.
+    n_same: usize,
     n_right: usize,
     /// Whether the guesses are in the cache, and not only asked for.
     is_guess_computed: bool,
     /// Something else was sampled: what follows now is not what was guessed, whichever token it is.
     is_guess_over: bool,
     /// In what the text has said before.
-    trust: Trust,
+    trust: LookupTrust,
     /// In the draft model.
     draft_trust: Trust,
     /// What the draft model gave for the next step; `None` when it was not asked, or had not caught up.
@@ -321,7 +323,7 @@ impl Seats {
         seat.guess = job.guess;
         seat.guessed.clear();
         seat.is_guess_computed = false;
-        seat.trust = Trust::default();
+        seat.trust = LookupTrust::default();
         seat.draft_trust = draft_trust;
         seat.draft = None;
         seat.was_draft_asked = false;
@@ -398,7 +400,11 @@ impl Seats {
             return None;
         }
         // What the text has said before costs nothing to find.
-        if looks_up && seat.trust.worth(costs, n_decode, n_cells) > 0 && Lookup::has_guess(&seat.tokens) {
+        if looks_up
+            && seat.trust.is_worth_a_look(costs, n_decode, n_cells)
+            && let Some(said) = said_before(&seat.tokens)
+            && seat.trust.worth(said.n_same, costs, n_decode, n_cells) > 0
+        {
             return None;
         }
         let feed_us = costs.feed_token_us().unwrap_or(0.0);
@@ -447,9 +453,13 @@ impl Seats {
             seat.trust.pass();
             return &seat.guessed;
         }
-        let most = if looks_up { most.min(seat.trust.worth(costs, n_decode, n_cells)) } else { 0 };
-        if most > 0 {
-            look_up(&seat.tokens, most, &mut seat.guessed);
+        if looks_up
+            && seat.trust.is_worth_a_look(costs, n_decode, n_cells)
+            && let Some(said) = said_before(&seat.tokens)
+        {
+            let most = most.min(seat.trust.worth(said.n_same, costs, n_decode, n_cells));
+            said.guess(&seat.tokens, most, &mut seat.guessed);
+            seat.n_same = said.n_same;
         }
         if seat.guessed.is_empty() {
             seat.trust.pass();
@@ -489,7 +499,7 @@ impl Seats {
             seat.draft_trust.learn(n_guessed, n_right);
             self.draft_prior.learn(n_guessed, n_right);
         } else {
-            seat.trust.learn(n_guessed, n_right);
+            seat.trust.learn(seat.n_same, n_guessed, n_right);
         }
         let add = |total: &mut (u64, u64)| *total = (total.0 + n_guessed as u64, total.1 + n_right as u64);
         add(&mut self.guesses);

@@ -23,8 +23,9 @@ fn a_text_that_repeats_itself_takes_fewer_steps_and_a_guess_that_goes_too_far_is
         tick 3 | a decode
         tick 4 | a decode
         tick 5 | a decode
-        tick 6 | a decode and 8
-        tick 7 | a decode and 6
+        tick 6 | a decode and 2
+        tick 7 | a decode and 8
+        tick 8 | a decode and 3
     "#]]
     .assert_eq(&trace);
 }
@@ -54,9 +55,9 @@ fn with_one_pool_guesses_are_made_for_all_as_far_as_a_batch_has_room() {
         tick 1 | a decode | b decode
         tick 2 | a decode | b decode
         tick 3 | a decode | b decode
-        tick 4 | a decode and 7 | b decode
-        tick 5 | b decode and 4
-        tick 6 | b decode and 1
+        tick 4 | a decode and 2 | b decode
+        tick 5 | a decode and 4 | b decode and 1
+        tick 6 | b decode and 4
     "#]]
     .assert_eq(&trace);
 }
