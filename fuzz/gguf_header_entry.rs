@@ -1,9 +1,10 @@
 //! What the fuzz drivers run on each input, and what must hold for every input: no panic, and a header that keeps its word.
 
 use std::io::{self, Read};
+use std::sync::OnceLock;
 
 use minerva_gpu::estimate::ModelShape;
-use minerva_gpu::gguf::{FileBuilder, GgufError, Header, Value};
+use minerva_gpu::gguf::{FileBuilder, GgmlType, GgufError, Header, Value};
 use minerva_gpu::plan::{PlanMachine, Wishes, plan};
 
 /// Inputs up to this length are also read in pieces of a few bytes, which is slow.
@@ -29,6 +30,7 @@ pub(crate) fn gguf_header(data: &[u8]) -> [String; 2] {
                 check_promises(header);
                 check_round_trip(header);
                 match header.check_for_llama() {
+                    Ok(()) if header.metadata.get("adapter.type").is_some() => adapt(header),
                     Ok(()) => plan_for(header),
                     Err(error) => shape(&error),
                 }
@@ -62,7 +64,43 @@ fn plan_for(header: &Header) -> String {
         Err(error) => return error.to_string().split('`').next().unwrap_or_default().to_owned(),
     };
     let machine: PlanMachine = "cuda:24GiB,rpc:8GiB,ram:32GiB".parse().expect("a machine");
-    match plan(&model, &Wishes::default(), &machine) {
+    outcome_of_plan(&model, &machine)
+}
+
+/// Whatever an adapter claims, a model that takes it can be planned with it.
+fn adapt(header: &Header) -> String {
+    static BASE: OnceLock<ModelShape> = OnceLock::new();
+    let mut model = BASE.get_or_init(base).clone();
+    match model.add_adapter(header) {
+        Ok(()) => outcome_of_plan(&model, &"cuda:8GiB,ram:8GiB".parse().expect("a machine")),
+        Err(error) => error.to_string().split('`').next_back().unwrap_or_default().to_owned(),
+    }
+}
+
+/// What the adapters of the corpus belong to.
+fn base() -> ModelShape {
+    let mut file = FileBuilder::new();
+    file.set("general.architecture", "llama")
+        .set("llama.block_count", 2_u32)
+        .set("llama.context_length", 128_u32)
+        .set("llama.embedding_length", 64_u32)
+        .set("llama.expert_count", 8_u32)
+        .set("llama.expert_used_count", 2_u32)
+        .set("llama.attention.head_count", 4_u32);
+    for (name, dims) in [
+        ("token_embd.weight", &[64, 4][..]),
+        ("output.weight", &[64, 4]),
+        ("blk.0.attn_q.weight", &[64, 64]),
+        ("blk.1.ffn_up_exps.weight", &[64, 32, 8]),
+    ] {
+        file.add_tensor(name, GgmlType::Q8_0, dims);
+    }
+    let header = Header::parse(&file.header_bytes(), file.file_bytes()).expect("a header");
+    ModelShape::of(&header).expect("a shape")
+}
+
+fn outcome_of_plan(model: &ModelShape, machine: &PlanMachine) -> String {
+    match plan(model, &Wishes::default(), machine) {
         Ok(plan) => {
             for (load, device) in plan.best().estimate.devices.iter().zip(&plan.devices) {
                 assert!(load.total_bytes() <= device.budget_bytes(), "{plan}");

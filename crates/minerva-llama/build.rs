@@ -25,6 +25,7 @@ fn main() {
         shim.include(source.join(folder));
     }
     shim.files([
+        "shim/adapter.cpp",
         "shim/core.cpp",
         "shim/memory.cpp",
         "shim/chat.cpp",

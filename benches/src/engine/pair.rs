@@ -44,6 +44,7 @@ impl Pair {
             expert_layers_on_host: rung.placement.expert_layers_on_host(),
             use_extra_buffers: config.use_extra_buffers && minerva_llama::extra_buffers() == ExtraBuffers::Usable,
             use_mmap: config.use_mmap,
+            ..ModelParams::default()
         };
         if model.devices.len() != positions.len() {
             bail!("llama.cpp does not see all of the plan's devices");

@@ -84,6 +84,8 @@ pub struct EngineConfig {
     pub speculation: Speculation,
     /// A small model of the same vocabulary that writes ahead of the main one. It is given up before layers of the main model are.
     pub draft: Option<DraftConfig>,
+    /// Low-rank adapters of the model, all of them used for every request.
+    pub adapters: Vec<AdapterConfig>,
     /// Who shares the cells of equal beginnings.
     pub cache_isolation: CacheIsolation,
     /// A chat template to use in place of the model's.
@@ -130,12 +132,22 @@ impl Default for EngineConfig {
             trace_path: None,
             speculation: Speculation::Auto,
             draft: None,
+            adapters: Vec::new(),
             cache_isolation: CacheIsolation::None,
             chat_template: None,
             probe: None,
             tune: TuneConfig::default(),
         }
     }
+}
+
+/// A low-rank adapter (LoRA) and how much of it is used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AdapterConfig {
+    /// The GGUF file.
+    pub path: PathBuf,
+    /// What it adds is multiplied by this, beside the file's own `alpha`.
+    pub scale: f32,
 }
 
 /// A draft model and how much of it is used.

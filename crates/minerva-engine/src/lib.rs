@@ -54,7 +54,7 @@ pub mod sim;
 mod slowed;
 mod tune;
 
-pub use config::{DraftConfig, EngineConfig, FlashAttention, KvType};
+pub use config::{AdapterConfig, DraftConfig, EngineConfig, FlashAttention, KvType};
 pub use constrain::{Constraint, ConstraintError, ConstraintStats};
 pub use disk::{ClientSecret, DiskCache};
 pub use engine::Engine;
@@ -69,7 +69,8 @@ pub use scheduler::{Miss, Reservation};
 pub use serving::{CacheIsolation, Speculation};
 pub use sim::{SimBrake, SimConfig, SimDisk, SimDraft, SimMemory};
 pub use status::{
-    BuildInfo, DeviceMemory, DiskCacheStats, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement, PrefixMisses,
+    AdapterInfo, BuildInfo, DeviceMemory, DiskCacheStats, DraftInfo, EngineStats, LoadProgress, ModelInfo, Placement,
+    PrefixMisses,
 };
 pub use stream::EventStream;
 pub use timing::{TIMING_BOUNDS_US, TimingStats};

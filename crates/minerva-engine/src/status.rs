@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::AdapterConfig;
 use crate::scheduler::Miss;
 use crate::tune::TuneReport;
 
@@ -32,8 +33,26 @@ pub struct ModelInfo {
     pub has_chat_template: bool,
     /// The model that writes ahead of it, if one does.
     pub draft: Option<DraftInfo>,
+    /// Low-rank adapters that every request is computed with.
+    pub adapters: Vec<AdapterInfo>,
     /// Where it runs.
     pub placement: Placement,
+}
+
+/// A low-rank adapter that is loaded.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct AdapterInfo {
+    /// Its file's name without `.gguf`.
+    pub name: String,
+    /// What it adds is multiplied by this.
+    pub scale: f32,
+}
+
+impl From<&AdapterConfig> for AdapterInfo {
+    fn from(config: &AdapterConfig) -> Self {
+        let name = config.path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+        Self { name, scale: config.scale }
+    }
 }
 
 /// A draft model: what it is, where it runs and what it takes.

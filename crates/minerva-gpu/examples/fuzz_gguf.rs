@@ -180,7 +180,11 @@ fn adapter(file: &mut FileBuilder) {
         .set("adapter.type", "lora")
         .set("adapter.lora.alpha", 16_f32)
         .add_tensor("blk.0.attn_q.weight.lora_a", GgmlType::F32, &[64, 8])
-        .add_tensor("blk.0.attn_q.weight.lora_b", GgmlType::F32, &[8, 64]);
+        .add_tensor("blk.0.attn_q.weight.lora_b", GgmlType::F32, &[8, 64])
+        .add_tensor("blk.1.ffn_up_exps.weight.lora_a", GgmlType::F32, &[64, 8, 8])
+        .add_tensor("blk.1.ffn_up_exps.weight.lora_b", GgmlType::F32, &[8, 32, 8])
+        .add_tensor("token_embd.weight.lora_a", GgmlType::F32, &[8, 4])
+        .add_tensor("token_embd.weight.lora_b", GgmlType::F32, &[8, 64]);
 }
 
 /// A few layers of each kind of model, which a plan is made for.

@@ -40,3 +40,21 @@ inline char * mnv_string_new(const std::string & value) {
     copy[value.size()] = '\0';
     return copy;
 }
+
+// Fills a caller's array with one entry per device.
+struct mnv_device_list {
+    mnv_device_list(mnv_device_bytes * out, size_t room) : out(out), room(room) {}
+
+    // The entry of the device that memory of this type belongs to, or null when there is no room for it.
+    mnv_device_bytes * of(ggml_backend_buffer_type_t type);
+
+    int finish(size_t * n) const {
+        *n = used;
+        return used > room ? MNV_TOO_SMALL : MNV_OK;
+    }
+
+  private:
+    mnv_device_bytes * out;
+    size_t             room;
+    size_t             used = 0;
+};

@@ -61,6 +61,14 @@ struct mnv_device_bytes {
 // What model and context take on each device. `n` holds the room in `out` and receives the number of entries.
 int mnv_context_memory(const struct llama_context * ctx, struct mnv_device_bytes * out, size_t * n, struct mnv_error * error);
 
+// Adapters live as long as their model, and are loaded before its first context is made.
+int mnv_adapter_load(struct llama_model * model, const char * path, struct llama_adapter_lora ** out, struct mnv_error * error);
+// As mnv_context_memory; only model_bytes are set.
+int mnv_adapter_memory(const struct llama_adapter_lora * adapter, struct mnv_device_bytes * out, size_t * n, struct mnv_error * error);
+// Replaces the adapters of a context, and makes room for its steps anew.
+int mnv_adapters_use(struct llama_context * ctx, struct llama_adapter_lora ** adapters, const float * scales, size_t n,
+                     struct mnv_error * error);
+
 struct mnv_chat;
 
 // `template_override` may be null: the model's own template. MNV_NULL when there is none.

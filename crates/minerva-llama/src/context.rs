@@ -73,6 +73,7 @@ impl Context {
             model: Arc::clone(model),
         };
         context.attach_pools(params)?;
+        context.model.adapters().use_in(raw)?;
         Ok(context)
     }
 

@@ -23,7 +23,7 @@ pub struct DeviceBytes {
     pub compute_bytes: u64,
 }
 
-fn device_bytes(
+pub(crate) fn device_bytes(
     fill: impl FnOnce(*mut sys::mnv_device_bytes, *mut usize, *mut sys::mnv_error) -> i32,
 ) -> Result<Vec<DeviceBytes>, CallError> {
     let empty = sys::mnv_device_bytes { name: [0; 64], model_bytes: 0, context_bytes: 0, compute_bytes: 0 };
@@ -45,13 +45,15 @@ fn device_bytes(
 }
 
 impl Context {
-    /// What this context and its model really take, per device.
+    /// What this context, its model and the model's adapters really take, per device.
     ///
     /// # Errors
     /// [`CallError`] when llama.cpp cannot say.
     pub fn memory_bytes(&self) -> Result<Vec<DeviceBytes>, CallError> {
         // SAFETY: a live context; `out` has room for `n` entries.
-        device_bytes(|out, n, error| unsafe { sys::mnv_context_memory(self.raw(), out, n, error) })
+        let mut taken = device_bytes(|out, n, error| unsafe { sys::mnv_context_memory(self.raw(), out, n, error) })?;
+        self.model().adapters().add_to(&mut taken);
+        Ok(taken)
     }
 
     /// Frees the cells of `seq` from position `from` on. `false` if this kind of memory cannot be cut there (recurrent

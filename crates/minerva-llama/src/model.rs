@@ -8,6 +8,7 @@ use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::adapters::Adapters;
 use crate::error::{CallError, LoadError, call};
 use crate::params::RawModelParams;
 use crate::rpc::{Link, links_of};
@@ -23,6 +24,7 @@ pub(crate) static LOADING: Mutex<()> = Mutex::new(());
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     n_vocab: usize,
+    adapters: Adapters,
     /// The RPC servers that hold a part of it.
     links: Vec<Arc<Link>>,
 }
@@ -37,7 +39,7 @@ impl Model {
     /// Loads a GGUF file. `progress` gets a fraction from 0 to 1 and may stop the load.
     ///
     /// # Errors
-    /// [`LoadError::File`] when the file cannot be opened, [`LoadError::Cancelled`] when `progress` stopped the load,
+    /// [`LoadError::File`] when the file or that of an adapter cannot be opened, [`LoadError::Cancelled`] when `progress` stopped the load,
     /// [`LoadError::DeviceLost`] when an RPC server went away meanwhile, [`LoadError::Call`] with the last line of
     /// llama.cpp's log when the file is not a model it can load.
     #[doc(alias = "llama_model_load_from_file")]
@@ -97,7 +99,20 @@ impl Model {
         let vocab = unsafe { sys::llama_model_get_vocab(raw.as_ptr()) };
         // SAFETY: a live model's vocabulary.
         let n_vocab = unsafe { sys::llama_vocab_n_tokens(vocab) };
-        Ok(Arc::new(Self { raw, n_vocab: usize::try_from(n_vocab).unwrap_or(0), links }))
+        let n_vocab = usize::try_from(n_vocab).unwrap_or(0);
+        let mut model = Self { raw, n_vocab, adapters: Adapters::default(), links };
+        let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        let adapters = Adapters::load(raw, &params.adapters);
+        drop(guard);
+        if let Some(address) = model.lost_server() {
+            return Err(LoadError::DeviceLost { address: address.to_owned() });
+        }
+        model.adapters = adapters?;
+        Ok(Arc::new(model))
+    }
+
+    pub(crate) fn adapters(&self) -> &Adapters {
+        &self.adapters
     }
 
     /// The address of an RPC server that held a part of this model and went away: nothing computes on it any more.

@@ -1,6 +1,7 @@
 //! Parameters of a model and of a context, as plain values.
 
 use std::ffi::CString;
+use std::path::PathBuf;
 use std::ptr;
 
 use crate::{backend, sys};
@@ -20,6 +21,17 @@ pub struct ModelParams {
     pub use_extra_buffers: bool,
     /// Map the file instead of reading it.
     pub use_mmap: bool,
+    /// Low-rank adapters, which every context of the model computes with.
+    pub adapters: Vec<Adapter>,
+}
+
+/// A low-rank adapter (LoRA), and how much of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// Its GGUF file.
+    pub path: PathBuf,
+    /// What its products are multiplied by, beside what the file says; 0 switches it off.
+    pub scale: f32,
 }
 
 impl Default for ModelParams {
@@ -31,6 +43,7 @@ impl Default for ModelParams {
             expert_layers_on_host: Vec::new(),
             use_extra_buffers: true,
             use_mmap: true,
+            adapters: Vec::new(),
         }
     }
 }

@@ -124,6 +124,25 @@ unsafe extern "C" {
         n: *mut usize,
         error: *mut mnv_error,
     ) -> c_int;
+    pub fn mnv_adapter_load(
+        model: *mut llama_model,
+        path: *const c_char,
+        out: *mut *mut llama_adapter_lora,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_adapter_memory(
+        adapter: *const llama_adapter_lora,
+        out: *mut mnv_device_bytes,
+        n: *mut usize,
+        error: *mut mnv_error,
+    ) -> c_int;
+    pub fn mnv_adapters_use(
+        ctx: *mut llama_context,
+        adapters: *mut *mut llama_adapter_lora,
+        scales: *const f32,
+        n: usize,
+        error: *mut mnv_error,
+    ) -> c_int;
     pub fn mnv_chat_new(
         model: *const llama_model,
         template_override: *const c_char,

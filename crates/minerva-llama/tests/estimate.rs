@@ -8,16 +8,21 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[path = "support/rpc_worker.rs"]
 mod rpc_worker;
 
-use minerva_gpu::estimate::{DeviceLoad, DeviceTraits, HostTraits, LoadSettings, ModelShape, Placement, estimate};
+use minerva_gpu::estimate::{
+    DeviceLoad, DeviceTraits, Estimate, HostTraits, LoadSettings, ModelShape, Placement, estimate,
+};
 use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Wishes, plan};
 use minerva_gpu::synthetic;
-use minerva_llama::{Context, ContextParams, DeviceBytes, FlashAttention, KvType, Model, ModelParams, Simulation};
+use minerva_llama::{
+    Adapter, Context, ContextParams, DeviceBytes, FlashAttention, KvType, Model, ModelParams, Simulation,
+};
 use rpc_worker::Worker;
 
 const MIB: f64 = 1_048_576.0;
@@ -217,6 +222,85 @@ impl Table {
     }
 }
 
+/// Shapes whose weights take adapters in different ways: grouped heads, windows, experts, compressed attention, states.
+const ADAPTED: [&str; 7] = [
+    "llama2-7b-q4_0",
+    "gemma3-4b-q4_0",
+    "qwen2moe-14b-q4_0",
+    "mixtral-8x7b-q4_0",
+    "deepseek2-lite-q4_0",
+    "mamba2-2.7b-q8_0",
+    "granitehybrid-7b-q4_0",
+];
+
+#[test]
+fn adapters_take_what_was_estimated() {
+    let worker = Worker::start();
+    let devices = worker.add();
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut models = vec![("SmolLM2", real_model())];
+    for name in ADAPTED {
+        let path = dir.path().join(format!("{name}.gguf"));
+        // DeepSeek's lite model is known by the number of its layers.
+        let n_layers = if name.starts_with("deepseek2") { 27 } else { 4 };
+        let shape = synthetic::shape_with_layers(name, n_layers).expect("known");
+        shape.write_header_only(&path).expect("written");
+        models.push((name, path));
+    }
+    let mut table = Table::default();
+    for (name, path) in models {
+        let header = Header::open(&path).expect("a header");
+        let mut shape = ModelShape::of(&header).expect("a shape");
+        let mut adapters = Vec::new();
+        for (rank, wanted) in [(16, ""), (5, "attn_q")] {
+            let path = dir.path().join(format!("{name}-{rank}.gguf"));
+            let file = synthetic::adapter(&header, rank, |weight| {
+                let is_late =
+                    ["blk.1", "blk.2"].iter().any(|layer| weight.starts_with(layer)) && name.starts_with("deepseek2");
+                weight.contains(wanted) && !is_late
+            });
+            if Header::parse(&file.header_bytes(), file.file_bytes()).expect("a header").tensors.is_empty() {
+                continue; // no such weight
+            }
+            file.write_random(&path, rank, &mut |_| {}).expect("written");
+            shape.add_adapter(&Header::open(&path).expect("a header")).expect("an adapter of this model");
+            adapters.push(Adapter { path, scale: 0.5 });
+        }
+        let all = shape.n_layers + 1;
+        let mut placements = vec![
+            ("host", Placement::split(&shape, &[0])),
+            ("half", Placement::split(&shape, &[all / 2])),
+            ("all", Placement::split(&shape, &[all])),
+        ];
+        if shape.n_experts > 0 {
+            let experts = Placement::split(&shape, &[all]).with_experts_on_host(0..shape.n_layers / 2);
+            placements.push(("half of the experts on the host", experts));
+        }
+        for (where_, placement) in &placements {
+            let params = ModelParams { adapters: adapters.clone(), ..model_params(placement, &devices) };
+            let simulation = Simulation::load(&path, &params).unwrap_or_else(|error| panic!("{name}: {error}"));
+            for (context, n_sequences, ubatch, flash) in
+                [(512, 1, 128, true), (4096, 8, 512, true), (4096, 1, 512, false)]
+            {
+                let case = case(context, ("f16", GgmlType::F16, KvType::F16), n_sequences, ubatch, flash);
+                let ours = estimate(&shape, &case.settings, placement, &[DeviceTraits::RPC], &HostTraits::default());
+                let theirs = simulation.memory_bytes(&case.params).expect("measures");
+                for (ours, theirs) in ours.devices.iter().chain([&ours.host]).zip(&theirs) {
+                    table.rows.push(row(&format!("{name} | {where_} | {}", case.label), ours, theirs));
+                }
+                if name == "SmolLM2" {
+                    let params = ModelParams { use_mmap: false, ..params.clone() };
+                    let model = Model::load(&path, &params, &mut |_| ControlFlow::Continue(())).expect("loads");
+                    check_real(&model, &case, (&ours, &theirs), (1 << 20, 1 << 20), where_);
+                }
+            }
+        }
+    }
+    table.print();
+    let outside: Vec<&str> = table.rows.iter().filter(|row| row.miss > 1.0).map(|row| row.line.as_str()).collect();
+    assert!(outside.is_empty(), "{outside:#?}");
+}
+
 fn real_model() -> PathBuf {
     std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model").into()
 }
@@ -267,19 +351,28 @@ fn estimates_and_simulations_are_what_real_loads_take() {
             let case = case(context, ("f16", GgmlType::F16, KvType::F16), n_sequences, 512, flash);
             let estimate =
                 estimate(&shape, &case.settings, &placement, &[DeviceTraits::RPC; 2], &HostTraits::default());
-            let estimated = estimate.devices.iter().chain([&estimate.host]);
             let simulated = simulation.memory_bytes(&case.params).expect("measures");
-            let real = Context::new(&model, &case.params).expect("a context").memory_bytes().expect("known");
-            for (estimated, simulated) in estimated.zip(&simulated) {
-                let nothing = DeviceBytes::default();
-                let real = real.iter().find(|real| real.device == simulated.device).unwrap_or(&nothing);
-                let sum = |bytes: &DeviceBytes| bytes.weights_bytes + bytes.kv_bytes + bytes.compute_bytes;
-                let label = format!("{layers:?}, {}: {estimated:?} {simulated:?} {real:?}", case.label);
-                assert!(estimated.total_bytes().abs_diff(sum(real)) <= 1 << 20, "{label}");
-                // What the simulation forgets costs it copies of one hidden state.
-                let slack = if layers == [10, 21] { 5 << 20 } else { 1 << 20 };
-                assert!(sum(simulated).abs_diff(sum(real)) <= slack, "{label}");
-            }
+            // What the simulation forgets costs it copies of one hidden state.
+            let slack = if layers == [10, 21] { 5 << 20 } else { 1 << 20 };
+            check_real(&model, &case, (&estimate, &simulated), (1 << 20, slack), &format!("{layers:?}"));
         }
+    }
+}
+
+/// What a real context takes, against estimate and simulation, each with the bytes that it may be off.
+fn check_real(
+    model: &Arc<Model>,
+    case: &Case,
+    (estimate, simulated): (&Estimate, &[DeviceBytes]),
+    slack: (u64, u64),
+    where_: &str,
+) {
+    let real = Context::new(model, &case.params).expect("a context").memory_bytes().expect("known");
+    let sum = |bytes: &DeviceBytes| bytes.weights_bytes + bytes.kv_bytes + bytes.compute_bytes;
+    for (estimated, simulated) in estimate.devices.iter().chain([&estimate.host]).zip(simulated) {
+        let real = real.iter().find(|real| real.device == simulated.device).cloned().unwrap_or_default();
+        let label = format!("{where_}, {}: {estimated:?} {simulated:?} {real:?}", case.label);
+        assert!(estimated.total_bytes().abs_diff(sum(&real)) <= slack.0, "{label}");
+        assert!(sum(simulated).abs_diff(sum(&real)) <= slack.1, "{label}");
     }
 }

@@ -23,6 +23,10 @@ pub(crate) fn of_model(config: &EngineConfig, info: &ModelInfo) -> Option<StateK
     for part in parts(&config.model_path) {
         add_file(&mut hash, &part).ok()?;
     }
+    for adapter in &config.adapters {
+        add_file(&mut hash, &adapter.path).ok()?;
+        hash.update(&adapter.scale.to_le_bytes());
+    }
     let (placement, build) = (&info.placement, crate::engine::Engine::build_info());
     let matters = [
         build.version,

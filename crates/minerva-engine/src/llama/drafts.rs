@@ -86,6 +86,7 @@ fn model_params(config: &EngineConfig, planned: &Planned, load: &DraftLoad) -> M
         expert_layers_on_host: Vec::new(),
         use_extra_buffers: config.use_extra_buffers && minerva_llama::extra_buffers() == ExtraBuffers::Usable,
         use_mmap: config.use_mmap,
+        adapters: Vec::new(),
     }
 }
 

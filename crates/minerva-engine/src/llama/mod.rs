@@ -27,7 +27,7 @@ use self::tokenizer::LlamaTokenizer;
 use crate::backend::Loaded;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
-use crate::status::{BuildInfo, DeviceMemory, LoadProgress, ModelInfo, Placement};
+use crate::status::{AdapterInfo, BuildInfo, DeviceMemory, LoadProgress, ModelInfo, Placement};
 use crate::tune::TuneReport;
 
 type Report<'a> = dyn FnMut(&LoadProgress) -> ControlFlow<()> + Send + 'a;
@@ -108,6 +108,7 @@ fn start(
         n_cells: context_params.n_ctx,
         has_chat_template,
         draft: None,
+        adapters: config.adapters.iter().map(AdapterInfo::from).collect(),
         placement: Placement { memory: measured(&placement.memory, &backend), ..placement },
     };
     Ok((Loaded { backend: Box::new(backend), tokenizer: Arc::new(tokenizer), drafter: None }, info))

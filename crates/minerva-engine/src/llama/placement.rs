@@ -1,13 +1,15 @@
 //! From a plan's rung to llama.cpp's parameters, and to what `/v1/status` says about it.
 
+use std::fmt::Display;
+
 use minerva_gpu::estimate::{LoadSettings, ModelShape};
 use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Plan, PlanError, PlanMachine, Rung, Wishes};
-use minerva_llama::{ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
+use minerva_llama::{Adapter, ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
 
 use super::drafts;
 use super::machine::{Machine, n_threads};
-use crate::config::{EngineConfig, FlashAttention, KvType};
+use crate::config::{AdapterConfig, EngineConfig, FlashAttention, KvType};
 use crate::error::LoadError;
 use crate::status::{DeviceMemory, Placement};
 use crate::tune::TuneReport;
@@ -34,7 +36,10 @@ pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, L
 /// Reads the header and plans.
 pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<(Shapes, Plan), LoadError> {
     let header = Header::open(&config.model_path)?;
-    let model = ModelShape::of(&header).map_err(LoadError::Estimate)?;
+    let mut model = ModelShape::of(&header).map_err(LoadError::Estimate)?;
+    for adapter in &config.adapters {
+        add_adapter(&mut model, adapter)?;
+    }
     let draft = drafts::shape(config, &header)?;
     let shapes = Shapes { model, draft };
     let model = &shapes.model;
@@ -55,6 +60,16 @@ pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<(
         problem => LoadError::Plan(problem),
     })?;
     Ok((shapes, plan))
+}
+
+/// Reads an adapter's header and makes it a part of the model's shape.
+fn add_adapter(model: &mut ModelShape, adapter: &AdapterConfig) -> Result<(), LoadError> {
+    let wrong = |problem: &dyn Display| LoadError::Setting {
+        name: "lora",
+        problem: format!("{}: {problem}", adapter.path.display()),
+    };
+    let header = Header::open(&adapter.path).map_err(|problem| wrong(&problem))?;
+    model.add_adapter(&header).map_err(|problem| wrong(&problem))
 }
 
 impl Shapes {
@@ -83,6 +98,7 @@ impl Planned {
             expert_layers_on_host: rung.placement.expert_layers_on_host(),
             use_extra_buffers: config.use_extra_buffers && minerva_llama::extra_buffers() == ExtraBuffers::Usable,
             use_mmap: config.use_mmap,
+            adapters: config.adapters.iter().map(Adapter::from).collect(),
         }
     }
 
@@ -202,6 +218,12 @@ impl EngineConfig {
             full_windows: None,
             cpu_fallback: self.fallback_to_cpu,
         }
+    }
+}
+
+impl From<&AdapterConfig> for Adapter {
+    fn from(config: &AdapterConfig) -> Self {
+        Self { path: config.path.clone(), scale: config.scale }
     }
 }
 

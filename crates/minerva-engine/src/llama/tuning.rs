@@ -139,6 +139,7 @@ fn key(
         format!("{} {} {}", rung.settings.n_sequences, rung.settings.batch_tokens, rung.settings.full_windows),
         format!("{} {}", config.use_extra_buffers, config.use_mmap),
         serde_json::to_string(&(default, open)).ok()?,
+        serde_json::to_string(&config.adapters).ok()?,
     ];
     Key::of(&config.model_path, &matters)
 }

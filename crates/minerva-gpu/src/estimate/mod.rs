@@ -4,6 +4,7 @@
 //! memory for and packs it with ggml's own rules, so that the figure follows every change of batch, context, cache type and
 //! placement. [`ModelShape`] reads the sizes, [`LoadSettings`] and [`Placement`] say what is wanted, [`estimate`] answers.
 
+mod adapter;
 mod cache;
 mod graph;
 mod model;
@@ -16,12 +17,14 @@ mod windows;
 
 use serde::{Deserialize, Serialize};
 
+pub use adapter::{AdapterError, MAX_ADAPTERS};
 pub use model::ModelShape;
 pub use placement::Placement;
 pub(crate) use reading::{DeviceReads, layer_bytes, reads_per_token};
 pub use settings::LoadSettings;
 
 use crate::gguf::{GgmlType, GgufError};
+use adapter::LowRank;
 use cache::CacheShape;
 use graph::Backend;
 use graph::build::{Step, build};
@@ -178,9 +181,17 @@ fn each_weight(model: &ModelShape, placement: &Placement, host: &HostTraits, mut
         for (name, tensor) in &layer.tensors {
             add(tensor.bytes, placement.tensor_backend(il, name));
         }
+        for (name, parts) in model.adapters.layer(il) {
+            let tensors = parts.iter().flat_map(LowRank::tensors);
+            tensors.for_each(|tensor| add(tensor.bytes, placement.tensor_backend(il, name)));
+        }
     }
     for (name, tensor) in &model.outside {
         add(tensor.bytes, placement.outside_backend(name));
+    }
+    for (name, parts) in model.adapters.outside() {
+        let tensors = parts.iter().flat_map(LowRank::tensors);
+        tensors.for_each(|tensor| add(tensor.bytes, placement.outside_backend(name)));
     }
     if let (true, Some(table)) = (model.is_tied(), model.outside.get("token_embd.weight")) {
         let on_device = placement.output_backend() < placement.n_devices();

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::EstimateError;
+use super::adapter::Adapters;
 use super::windows;
 use crate::gguf::{Header, TensorInfo};
 
@@ -45,6 +46,7 @@ pub struct ModelShape {
     pub(super) n_groups_used: u64,
     pub(super) n_shared_kv_layers: u32,
     pub(super) outside: HashMap<String, TensorInfo>,
+    pub(super) adapters: Adapters,
     pub(super) flags: HashMap<&'static str, f32>,
 }
 
@@ -292,6 +294,7 @@ impl Reader<'_> {
             flags: self.flags()?,
             layers,
             outside,
+            adapters: Adapters::default(),
         })
     }
 
@@ -461,7 +464,7 @@ fn product(factors: &[u64]) -> u64 {
 }
 
 /// `blk.7.attn_q.weight` is layer 7's `attn_q.weight`.
-fn layer_and_name(name: &str) -> Option<(usize, &str)> {
+pub(super) fn layer_and_name(name: &str) -> Option<(usize, &str)> {
     let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     Some((layer.parse().ok()?, rest))
 }

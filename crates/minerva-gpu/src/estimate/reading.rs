@@ -40,6 +40,7 @@ pub(crate) fn reads_per_token(model: &ModelShape, settings: &LoadSettings, place
             };
             reads[placement.tensor_backend(il, name)].bytes += read;
         }
+        reads[home].bytes += model.adapters.layer_bytes(il);
         reads[home].bytes += cache.layer_tensors(model, il).iter().sum::<u64>() / n_sequences / 4;
         if layer.tensors.keys().any(|name| is_expert(name) && placement.tensor_backend(il, name) != home) {
             reads[home].n_crossings += EXPERT_CROSSINGS;
@@ -68,7 +69,7 @@ pub(crate) fn layer_bytes(model: &ModelShape, settings: &LoadSettings) -> Vec<u6
     let cache = CacheShape::of(model, settings);
     let layers = (0..model.n_layers_all).zip(&model.layers).map(|(il, layer)| {
         let weights: u64 = layer.tensors.values().map(|tensor| tensor.bytes).sum();
-        let weights = if il < model.n_layers { weights } else { 0 };
+        let weights = if il < model.n_layers { weights + model.adapters.layer_bytes(il) } else { 0 };
         weights.saturating_add(cache.layer_tensors(model, il).iter().sum())
     });
     let output = if model.is_tied() { "token_embd.weight" } else { "output.weight" };

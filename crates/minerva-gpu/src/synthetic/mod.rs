@@ -4,9 +4,12 @@
 //! dense one to hybrids, so that plans can be checked against llama.cpp without downloading any. Random weights are fine for
 //! memory and speed, never for quality.
 
+mod adapters;
 mod encoders;
 mod recurrent;
 mod transformers;
+
+pub use adapters::adapter;
 
 use crate::gguf::{Array, FileBuilder, GgmlType, Value};
 

@@ -138,6 +138,9 @@ pub static SETTINGS: &[Setting] = &[
         .short('a').alias(&["alias"]),
     setting("model.chat_template_file", "MINERVA_CHAT_TEMPLATE_FILE", "chat-template-file", Kind::Text, Initial::Unset,
         "A Jinja chat template to use in place of the model's own."),
+    setting("model.adapters", "MINERVA_LORA", "lora", Kind::List { secret: false }, Initial::Empty,
+        "Low-rank adapters (LoRA) of the model, GGUF files: `FILE`, or `FILE:SCALE` for more or less of one. Every request is computed \
+        with all of them; they are part of the plan.").alias(&["lora-scaled"]),
     setting("model.simulate", "MINERVA_SIMULATE", "simulate", Kind::Uint { min: 0, max: 10_000, words: &[("off", None)] },
         Initial::Unset,
         "Answer with the simulator instead of a model, with steps of so many milliseconds: for tests and for trying clients."),

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use minerva_engine::{
-    CacheIsolation, ClientSecret, DiskCache, DraftConfig, EngineConfig, FlashAttention, KvType, Reservation, RpcServer,
-    Speculation, TuneConfig, TuneMode,
+    AdapterConfig, CacheIsolation, ClientSecret, DiskCache, DraftConfig, EngineConfig, FlashAttention, KvType,
+    Reservation, RpcServer, Speculation, TuneConfig, TuneMode,
 };
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,7 @@ pub struct ModelSettings {
     pub path: Option<PathBuf>,
     pub name: Option<String>,
     pub chat_template_file: Option<PathBuf>,
+    pub adapters: Vec<String>,
     pub simulate: Option<u32>,
 }
 
@@ -272,6 +273,7 @@ impl Config {
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,
             draft: self.draft()?,
+            adapters: self.model.adapters()?,
             trace_path: performance.trace_file.clone(),
             chat_template,
             tune: TuneConfig {
@@ -368,6 +370,28 @@ impl GpuSettings {
     }
 }
 
+impl ModelSettings {
+    fn adapters(&self) -> Result<Vec<AdapterConfig>, ConfigError> {
+        self.adapters.iter().map(|text| adapter(text)).collect()
+    }
+}
+
+/// `file.gguf` or `file.gguf:0.5`.
+fn adapter(text: &str) -> Result<AdapterConfig, ConfigError> {
+    let scaled = text.rsplit_once(':').and_then(|(path, scale)| Some((path, scale.parse::<f32>().ok()?)));
+    // A file may be called like that.
+    let scaled = scaled.filter(|_| !Path::new(text).is_file());
+    let (path, scale) = scaled.unwrap_or((text, 1.0));
+    if path.is_empty() || !scale.is_finite() {
+        return Err(ConfigError::Value {
+            place: "`model.adapters`".to_owned(),
+            given: format!("`{text}`"),
+            allowed: "`FILE` or `FILE:SCALE`, with a finite number".to_owned(),
+        });
+    }
+    Ok(AdapterConfig { path: PathBuf::from(path), scale })
+}
+
 /// `host:port` or `host:port=24gb`.
 fn rpc_server(text: &str) -> Result<RpcServer, ConfigError> {
     let wrong = || ConfigError::Value {
@@ -454,6 +478,20 @@ mod tests {
         assert_eq!(device(&[("MINERVA_GPU_DEVICE", "cpu"), ("MINERVA_GPU_BACKEND", "cuda")]), "cpu");
         assert_eq!(device(&[("MINERVA_GPU_DEVICE", "cuda"), ("MINERVA_GPU_ENABLED", "false")]), "cpu");
         assert_eq!(device(&[]), "auto");
+    }
+
+    #[test]
+    fn adapters_may_have_a_scale() {
+        let adapters =
+            |text: &str| with(&[("MINERVA_MODEL", "a"), ("MINERVA_LORA", text)]).engine().map(|engine| engine.adapters);
+        let of = |path: &str, scale| AdapterConfig { path: PathBuf::from(path), scale };
+        assert_eq!(adapters("b.gguf, c.gguf:0.5").unwrap(), [of("b.gguf", 1.0), of("c.gguf", 0.5)]);
+        assert_eq!(adapters("C:\\d.gguf:-2").unwrap(), [of("C:\\d.gguf", -2.0)]);
+        assert_eq!(adapters("C:\\d.gguf").unwrap(), [of("C:\\d.gguf", 1.0)], "a colon of a path");
+        for wrong in [":0.5", "b.gguf:inf", "b.gguf:nan"] {
+            let problem = adapters(wrong).unwrap_err().to_string();
+            assert!(problem.contains(wrong) && problem.contains("FILE:SCALE"), "{problem}");
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use minerva_gpu::gguf::Header;
+use minerva_gpu::synthetic;
 use serde_json::{Value, json};
 
 use crate::client::{get, post};
@@ -86,6 +88,47 @@ async fn a_draft_model_is_planned_loaded_shown_and_counted() {
     let off = post(server.address, "/v1/completions", &without.to_string()).await.json();
     assert_eq!(off["choices"], answer["choices"]);
     assert_eq!(off["timings"]["draft_n"], json!(null), "{off}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_are_planned_loaded_and_shown() {
+    let model = model();
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = dir.path().join("style.gguf");
+    let header = Header::open(model.as_ref()).unwrap();
+    synthetic::adapter(&header, 16, |_| true).write_random(&adapter, 1, &mut |_| {}).unwrap();
+    let scaled = format!("{}:0.5", adapter.display());
+    let line = ["-m", &model, "--gpu=cpu", "-np", "2", "--ctx", "1024", "-t", "1", "--tune=off", "--no-mmap"];
+    let host_bytes = |plan: &Value| plan["rungs"][0]["host"]["total_bytes"].as_u64().unwrap();
+    let bare = host_bytes(&plan(&line));
+    let line = [&line[..], &["--lora", &scaled]].concat();
+    let planned = host_bytes(&plan(&line));
+    let adapter_bytes = adapter.metadata().unwrap().len();
+    assert!(planned > bare + adapter_bytes / 2, "{planned} {bare} {adapter_bytes}");
+
+    let server = Process::start(&line, &[]).await;
+    let status = get(server.address, "/v1/status").await.json();
+    assert_eq!(status["model"]["adapters"], json!([{"name": "style", "scale": 0.5}]));
+    let memory = &status["model"]["placement"]["memory"][0];
+    assert_eq!(memory["planned_bytes"], json!(planned), "{status:#}");
+    let taken =
+        ["weights_bytes", "kv_bytes", "compute_bytes"].map(|key| memory[key].as_u64().unwrap()).iter().sum::<u64>();
+    assert!(taken.abs_diff(planned) <= 1 << 20, "{taken} {planned}");
+    let body = json!({"prompt": "The lighthouse", "max_tokens": 4, "temperature": 0});
+    let answer = post(server.address, "/v1/completions", &body.to_string()).await.json();
+    assert_eq!(answer["usage"]["completion_tokens"], json!(4), "{answer}");
+}
+
+#[test]
+fn a_file_that_is_no_adapter_of_the_model_is_refused_before_anything_is_loaded() {
+    for (file, says) in [(model(), "`general.type` is"), ("nothing.gguf".to_owned(), "nothing.gguf")] {
+        let mut minerva = Command::new(env!("CARGO_BIN_EXE_minerva"));
+        let args = ["plan", "-m", &model(), "--lora", &file, "--gpu=cpu"];
+        let output = minerva.args(args).env_clear().output().unwrap();
+        let problem = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{problem}");
+        assert!(problem.contains("`lora`") && problem.contains(says), "{problem}");
+    }
 }
 
 #[test]

@@ -58,8 +58,7 @@ impl Builder<'_> {
             single = self.graph.in_place(repeated, &[weights]);
         }
         let hidden = self.expert_hidden(il, single, chosen);
-        let Some(down) = self.weight(il, "ffn_down_exps.weight") else { return a };
-        let mut outputs = self.graph.mul_mat_id(down, hidden, chosen);
+        let Some(mut outputs) = self.expert_product(il, "ffn_down_exps.weight", hidden, chosen) else { return a };
         if let Some(bias) = self.weight(il, "ffn_down_exps.bias") {
             outputs = self.graph.in_place(outputs, &[bias, chosen]);
         }
@@ -72,8 +71,7 @@ impl Builder<'_> {
 
     /// The chosen experts' hidden halves: `[n_ff, chosen, tokens]`.
     fn expert_hidden(&mut self, il: u32, a: Id, chosen: Id) -> Id {
-        if let Some(both) = self.weight(il, "ffn_gate_up_exps.weight") {
-            let product = self.graph.mul_mat_id(both, a, chosen);
+        if let Some(product) = self.expert_product(il, "ffn_gate_up_exps.weight", a, chosen) {
             let [n, n_used, n_tokens, _] = self.graph.shape(product);
             let strides = self.graph.get(product).strides;
             let gate = self.graph.view_3d(product, [n / 2, n_used, n_tokens], [strides[1], strides[2]]);
@@ -81,8 +79,7 @@ impl Builder<'_> {
             return self.graph.like(Op::Other, gate, &[up]);
         }
         let product = |builder: &mut Self, name: &str| {
-            let weight = builder.weight(il, &format!("{name}.weight"))?;
-            let product = builder.graph.mul_mat_id(weight, a, chosen);
+            let product = builder.expert_product(il, &format!("{name}.weight"), a, chosen)?;
             Some(match builder.weight(il, &format!("{name}.bias")) {
                 Some(bias) => builder.graph.in_place(product, &[bias, chosen]),
                 None => product,

@@ -38,8 +38,7 @@ impl Builder<'_> {
 
     /// How much the shared expert counts for each token.
     fn shared_gate(&mut self, il: u32, a: Id) -> Id {
-        let Some(weight) = self.weight(il, "ffn_gate_inp_shexp.weight") else { return a };
-        let logits = self.graph.mul_mat(weight, a);
+        let Some(logits) = self.product(il, "ffn_gate_inp_shexp.weight", a) else { return a };
         let silu = self.graph.in_place(logits, &[]);
         self.graph.in_place(silu, &[logits])
     }

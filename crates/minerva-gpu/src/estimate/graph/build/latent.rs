@@ -10,15 +10,15 @@ impl Builder<'_> {
         let n_tokens = self.step.n_tokens;
         let (n_heads, rank, n_rot, head_k, head_v) = self.latent_sizes(il);
         let nope = head_k.saturating_sub(n_rot);
-        let q = match self.linear(il, "attn_q_a", normed) {
+        let q = match self.plain_product(il, "attn_q_a.weight", normed) {
             Some(compressed) => {
                 let normed = self.norm(il, compressed, "attn_q_a_norm");
-                self.linear(il, "attn_q_b", normed).unwrap_or(normed)
+                self.plain_product(il, "attn_q_b.weight", normed).unwrap_or(normed)
             }
-            None => self.linear(il, "attn_q", normed).unwrap_or(normed),
+            None => self.plain_product(il, "attn_q.weight", normed).unwrap_or(normed),
         };
         let q = self.graph.reshape(q, [head_k, n_heads, n_tokens, 1]);
-        let Some(both) = self.linear(il, "attn_kv_a_mqa", normed) else { return normed };
+        let Some(both) = self.plain_product(il, "attn_kv_a_mqa.weight", normed) else { return normed };
         let stride = row_bytes(GgmlType::F32, rank + n_rot);
         let compressed = self.graph.view_2d(both, [rank, n_tokens], stride);
         let k_rot = self.graph.view_3d(both, [n_rot, 1, n_tokens], [stride, stride]);
@@ -41,7 +41,7 @@ impl Builder<'_> {
             let expand_v = self.weight(il, "attn_v_b.weight");
             self.attend_latent(il, Heads { q, k, v }, expand_v)
         } else {
-            let Some(wide) = self.linear(il, "attn_kv_b", compressed) else { return normed };
+            let Some(wide) = self.plain_product(il, "attn_kv_b.weight", compressed) else { return normed };
             let (head, all) =
                 (row_bytes(GgmlType::F32, nope + head_v), row_bytes(GgmlType::F32, (nope + head_v) * n_heads));
             let k_nope = self.graph.view_3d(wide, [nope, n_heads, n_tokens], [head, all]);
@@ -54,6 +54,12 @@ impl Builder<'_> {
             self.attend(il, Heads { q, k, v })
         };
         self.linear(il, "attn_output", attended).unwrap_or(attended)
+    }
+
+    /// Adapters of these weights have no effect: the models multiply them as they are.
+    fn plain_product(&mut self, il: u32, name: &str, a: Id) -> Option<Id> {
+        let weight = self.weight(il, name)?;
+        Some(self.graph.mul_mat(weight, a))
     }
 
     /// Heads, rank, rotated part, and the head sizes of keys and values before they were compressed.

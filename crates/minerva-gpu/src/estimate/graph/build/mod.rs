@@ -12,6 +12,7 @@ mod latent;
 mod recurrent;
 
 use super::{Graph, Home, Id, Op, row_bytes};
+use crate::estimate::adapter::LowRank;
 use crate::estimate::cache::CacheShape;
 use crate::estimate::model::{Layer, Memory, ModelShape};
 use crate::estimate::placement::Placement;
@@ -93,7 +94,7 @@ impl<'a> Builder<'a> {
             self.graph.expand(vectors);
             return vectors;
         };
-        let mut hidden = self.graph.get_rows(table, tokens);
+        let mut hidden = self.rows_of_table(table, tokens);
         self.graph.expand(hidden);
         self.graph.expand(vectors);
         self.mixed_embeddings(table);
@@ -125,9 +126,21 @@ impl<'a> Builder<'a> {
         let slots = self.graph.input(GgmlType::I64, [n_tokens, 1, 1, 1]);
         let vectors = self.graph.input(GgmlType::F32, [n_embd, n_tokens, 1, 1]);
         let copy = self.graph.cont(vectors, [n_embd, n_tokens, 1, 1]);
-        let rows = self.graph.get_rows(table, tokens);
+        let rows = self.rows_of_table(table, tokens);
         let mixed = self.graph.set_rows(copy, rows, slots);
         self.graph.expand(mixed);
+    }
+
+    /// Rows of the token table, and what adapters add to them: the halves of a table's adapter are transposed.
+    fn rows_of_table(&mut self, table: Id, tokens: Id) -> Id {
+        let mut rows = self.graph.get_rows(table, tokens);
+        for part in self.model.adapters.of_outside("token_embd.weight") {
+            let [a, b] = self.add_low_rank(part, self.placement.outside_backend("token_embd.weight"));
+            let picked = self.graph.get_rows(a, tokens);
+            let more = self.graph.mul_mat(b, picked);
+            rows = self.add_scaled(rows, more);
+        }
+        rows
     }
 
     fn encoder_embeddings(&mut self, mut hidden: Id) -> Id {
@@ -282,7 +295,8 @@ impl<'a> Builder<'a> {
         self.graph.get_mut(normed).is_output = true;
         let mut last = normed;
         if let Some(output) = self.output_weight() {
-            last = self.graph.mul_mat(output, normed);
+            let parts = if self.model.latent.is_some() { &[] } else { self.model.adapters.of_outside("output.weight") };
+            last = self.adapted_product(output, normed, parts, self.placement.output_backend());
             if let Some(bias) = self.outside("output.bias") {
                 last = self.graph.in_place(last, &[bias]);
             }
@@ -361,21 +375,65 @@ impl<'a> Builder<'a> {
     }
 
     fn add_weight(&mut self, tensor: &TensorInfo, backend: usize) -> Id {
+        self.add_tensor(tensor, Home { backend, is_weights: true })
+    }
+
+    fn add_tensor(&mut self, tensor: &TensorInfo, home: Home) -> Id {
         let mut shape = [1; 4];
         for (to, from) in shape.iter_mut().zip(&tensor.dims) {
             *to = *from;
         }
-        self.graph.external(tensor.ggml_type, shape, Home { backend, is_weights: true })
+        self.graph.external(tensor.ggml_type, shape, home)
     }
 
-    /// A product with a weight of layer `il` and its bias, if the layer has that weight.
+    /// A product with a weight of layer `il`, its adapters and its bias, if the layer has that weight.
     fn linear(&mut self, il: u32, name: &str, a: Id) -> Option<Id> {
-        let weight = self.weight(il, &format!("{name}.weight"))?;
-        let product = self.graph.mul_mat(weight, a);
+        let product = self.product(il, &format!("{name}.weight"), a)?;
         Some(match self.weight(il, &format!("{name}.bias")) {
             Some(bias) => self.graph.in_place(product, &[bias]),
             None => product,
         })
+    }
+
+    /// `build_lora_mm`.
+    fn product(&mut self, il: u32, name: &str, a: Id) -> Option<Id> {
+        let weight = self.weight(il, name)?;
+        let parts = self.model.adapters.of_layer(il, name);
+        Some(self.adapted_product(weight, a, parts, self.placement.tensor_backend(il, name)))
+    }
+
+    fn adapted_product(&mut self, weight: Id, x: Id, parts: &[LowRank], backend: usize) -> Id {
+        let mut product = self.graph.mul_mat(weight, x);
+        for part in parts {
+            let [a, b] = self.add_low_rank(part, backend);
+            let thin = self.graph.mul_mat(a, x);
+            let more = self.graph.mul_mat(b, thin);
+            product = self.add_scaled(product, more);
+        }
+        product
+    }
+
+    /// `build_lora_mm_id`: the same for the chosen of several experts.
+    fn expert_product(&mut self, il: u32, name: &str, x: Id, chosen: Id) -> Option<Id> {
+        let weight = self.weight(il, name)?;
+        let mut product = self.graph.mul_mat_id(weight, x, chosen);
+        for part in self.model.adapters.of_layer(il, name) {
+            let [a, b] = self.add_low_rank(part, self.placement.tensor_backend(il, name));
+            let thin = self.graph.mul_mat_id(a, x, chosen);
+            let more = self.graph.mul_mat_id(b, thin, chosen);
+            product = self.add_scaled(product, more);
+        }
+        Some(product)
+    }
+
+    /// llama.cpp does not mark the memory of adapters as weights, so their products run wherever their neighbours do.
+    fn add_low_rank(&mut self, part: &LowRank, backend: usize) -> [Id; 2] {
+        part.tensors().map(|tensor| self.add_tensor(tensor, Home { backend, is_weights: false }))
+    }
+
+    fn add_scaled(&mut self, a: Id, more: Id) -> Id {
+        let scaled = self.graph.in_place(more, &[]);
+        self.graph.in_place(a, &[scaled])
     }
 }
 

@@ -107,8 +107,7 @@ impl Builder<'_> {
         let n_embd = self.graph.shape(normed)[0];
         let columns = self.graph.reshape(normed, [n_embd, per_sequence, n_sequences, 1]);
         // The history is gathered before the projection runs.
-        let Some(weight) = self.weight(il, "ssm_in.weight") else { return normed };
-        let both = self.graph.mul_mat(weight, columns);
+        let Some(both) = self.product(il, "ssm_in.weight", columns) else { return normed };
         let strides = self.graph.get(both).strides;
         let half = |builder: &mut Self| {
             builder.graph.view_3d(both, [d_inner, per_sequence, n_sequences], [strides[1], strides[2]])
@@ -116,8 +115,7 @@ impl Builder<'_> {
         let (x, z) = (half(self), half(self));
         let x = self.convolve(il, x, history, d_inner, n_sequences);
 
-        let Some(weight) = self.weight(il, "ssm_x.weight") else { return normed };
-        let parts = self.graph.mul_mat(weight, x);
+        let Some(parts) = self.product(il, "ssm_x.weight", x) else { return normed };
         let strides = self.graph.get(parts).strides;
         let dt = self.graph.view_3d(parts, [dt_rank, per_sequence, n_sequences], [strides[1], strides[2]]);
         let vector = |builder: &mut Self| {
