@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::sync::OnceLock;
 
-use minerva_gpu::estimate::ModelShape;
+use minerva_gpu::estimate::{DeviceTraits, ModelShape, ProjectorSettings, ProjectorShape, estimate_projector};
 use minerva_gpu::gguf::{FileBuilder, GgmlType, GgufError, Header, Value};
 use minerva_gpu::plan::{PlanMachine, Wishes, plan};
 
@@ -59,6 +59,9 @@ fn shape(error: &GgufError) -> String {
 
 /// Whatever a file claims, planning for it neither panics nor takes long, and a plan that is made fits.
 fn plan_for(header: &Header) -> String {
+    if header.architecture() == "clip" {
+        return projector_of(header);
+    }
     let model = match ModelShape::of(header) {
         Ok(model) => model,
         Err(error) => return error.to_string().split('`').next().unwrap_or_default().to_owned(),
@@ -109,6 +112,21 @@ fn outcome_of_plan(model: &ModelShape, machine: &PlanMachine) -> String {
         }
         Err(error) => error.to_string().split(':').take(2).collect(),
     }
+}
+
+fn projector_of(header: &Header) -> String {
+    let projector = match ProjectorShape::of(header) {
+        Ok(projector) => projector,
+        Err(error) => return error.to_string().split('`').next().unwrap_or_default().to_owned(),
+    };
+    for flash_attention in [true, false] {
+        let settings = ProjectorSettings { flash_attention, ..ProjectorSettings::default() };
+        for device in [None, Some(DeviceTraits::CUDA)] {
+            let estimate = estimate_projector(&projector, device, &settings);
+            assert_eq!(estimate.bytes.devices.len(), usize::from(device.is_some()));
+        }
+    }
+    format!("estimated {:?}", projector.kinds())
 }
 
 fn check_promises(header: &Header) {

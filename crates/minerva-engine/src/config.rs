@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use minerva_gpu::DeviceChoice;
+use minerva_gpu::plan::{ProjectorPlace, ProjectorWishes};
 use minerva_llama::RpcServer;
 use serde::{Deserialize, Serialize};
 
@@ -148,6 +149,25 @@ pub struct AdapterConfig {
     pub path: PathBuf,
     /// What it adds is multiplied by this, beside the file's own `alpha`.
     pub scale: f32,
+}
+
+/// A projector of images or sound that a plan leaves room for. The engine does not load projectors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProjectorConfig {
+    /// The GGUF file: `general.architecture` is `clip`.
+    pub path: PathBuf,
+    /// It goes onto the host, whatever room there is on devices.
+    pub on_host: bool,
+    /// The most tokens of one picture, for kinds that have no fixed size.
+    pub image_max_tokens: Option<u32>,
+}
+
+impl ProjectorConfig {
+    /// What is fixed about it, for the planner.
+    pub(crate) fn wishes(&self) -> ProjectorWishes {
+        let place = if self.on_host { ProjectorPlace::Host } else { ProjectorPlace::Beside };
+        ProjectorWishes { place, image_max_tokens: self.image_max_tokens }
+    }
 }
 
 /// A draft model and how much of it is used.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use crate::backend::{Loaded, Tokenizer};
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, ProjectorConfig};
 use crate::constrain::{Compilers, ConstraintStats, Meters};
 use crate::disk::{self, Opened};
 use crate::error::{LoadError, RequestError};
@@ -118,15 +118,20 @@ impl Engine {
     /// # Errors
     /// [`LoadError`]: nothing fits, or the file is no model.
     pub fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<Plan, LoadError> {
-        Self::plan_and_tuning(config, machine).map(|(plan, _)| plan)
+        Self::plan_and_tuning(config, machine, None).map(|(plan, _)| plan)
     }
 
-    /// [`plan`](Self::plan), and where its settings come from.
+    /// [`plan`](Self::plan), and where its settings come from. A projector is given room beside the model; [`load`](Self::load) loads
+    /// none.
     ///
     /// # Errors
-    /// As [`plan`](Self::plan).
-    pub fn plan_and_tuning(config: &EngineConfig, machine: &PlanMachine) -> Result<(Plan, TuneReport), LoadError> {
-        llama::plan(config, machine)
+    /// As [`plan`](Self::plan), and for a file that is no projector.
+    pub fn plan_and_tuning(
+        config: &EngineConfig,
+        machine: &PlanMachine,
+        projector: Option<&ProjectorConfig>,
+    ) -> Result<(Plan, TuneReport), LoadError> {
+        llama::plan(config, machine, projector)
     }
 
     /// This machine, as [`load`](Self::load) would plan for it. RPC servers are connected to.

@@ -196,6 +196,21 @@ fn small_models() -> impl Iterator<Item = (&'static str, FileBuilder)> {
     })
 }
 
+/// Projectors of each shape of graph, with a layer or two.
+fn small_projectors() -> impl Iterator<Item = (&'static str, FileBuilder)> {
+    const NAMES: [&str; 8] = [
+        "mmproj-llava-1.5",
+        "mmproj-gemma3",
+        "mmproj-internvl3",
+        "mmproj-mistral-small-3.1",
+        "mmproj-qwen2.5vl",
+        "mmproj-qwen3vl",
+        "mmproj-minicpm-v",
+        "mmproj-ultravox",
+    ];
+    NAMES.into_iter().filter_map(|name| Some((name, synthetic::projector_with_layers(name, 2)?)))
+}
+
 fn write_corpus(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let write = |name: &str, build: &dyn Fn(&mut FileBuilder)| {
@@ -242,7 +257,7 @@ fn write_corpus(directory: &Path) -> io::Result<()> {
                 .set("tokenizer.ggml.precompiled_charsmap", vec![4_u8, 0, 0, 0, 1, 2, 3, 4, 5]);
         })?;
     }
-    for (name, shape) in small_models() {
+    for (name, shape) in small_models().chain(small_projectors()) {
         write(name, &|file| *file = shape.clone())?;
     }
     write("every-value-type", &|file| {

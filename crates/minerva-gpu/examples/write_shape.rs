@@ -9,12 +9,13 @@ use minerva_gpu::{format_bytes, synthetic};
 
 fn main() -> std::io::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    let names = [synthetic::NAMES.as_slice(), &synthetic::PROJECTOR_NAMES].concat();
     let [name, file, rest @ ..] = args.as_slice() else {
-        println!("usage: write_shape NAME FILE [--random]; names: {}", synthetic::NAMES.join(", "));
+        println!("usage: write_shape NAME FILE [--random]; names: {}", names.join(", "));
         return Ok(());
     };
-    let Some(shape) = synthetic::shape(name) else {
-        println!("no shape `{name}`: {}", synthetic::NAMES.join(", "));
+    let Some(shape) = synthetic::shape(name).or_else(|| synthetic::projector(name)) else {
+        println!("no shape `{name}`: {}", names.join(", "));
         return Ok(());
     };
     let bytes = match rest.first().map(String::as_str) {

@@ -8,7 +8,7 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use minerva_engine::{Engine, EngineConfig, LoadError, TuneMode, TuneReport, TuneSource};
+use minerva_engine::{Engine, EngineConfig, LoadError, ProjectorConfig, TuneMode, TuneReport, TuneSource};
 use minerva_gpu::estimate::DeviceLoad;
 use minerva_gpu::plan::{Plan, PlanDeviceKind, PlanMachine, Rung};
 use serde_json::{Value, json};
@@ -19,8 +19,13 @@ use crate::program::{print, refuse};
 
 /// Prints a table per device, the plans below it, the largest context that fits, and tokens per second. Only the file's header is
 /// read.
-pub(crate) fn run(config: &Config, made_up: Option<PlanMachine>, json: bool) -> ExitCode {
-    match plan(config, made_up) {
+pub(crate) fn run(
+    config: &Config,
+    made_up: Option<PlanMachine>,
+    projector: Option<&ProjectorConfig>,
+    json: bool,
+) -> ExitCode {
+    match plan(config, made_up, projector) {
         Ok((plan, tuning)) if json => print(&format!("{:#}\n", as_json(&plan, &tuning))),
         Ok((plan, tuning)) => print(&format!("{plan}{}", said(&tuning))),
         Err(problem) => {
@@ -33,7 +38,11 @@ pub(crate) fn run(config: &Config, made_up: Option<PlanMachine>, json: bool) -> 
     }
 }
 
-fn plan(config: &Config, made_up: Option<PlanMachine>) -> anyhow::Result<(Plan, TuneReport)> {
+fn plan(
+    config: &Config,
+    made_up: Option<PlanMachine>,
+    projector: Option<&ProjectorConfig>,
+) -> anyhow::Result<(Plan, TuneReport)> {
     let mut engine = config.engine()?;
     let machine = if let Some(machine) = made_up {
         engine.tune.mode = TuneMode::Off; // what was found here says nothing about another machine
@@ -44,7 +53,7 @@ fn plan(config: &Config, made_up: Option<PlanMachine>) -> anyhow::Result<(Plan, 
         }
         this_machine(&mut engine, config)?
     };
-    Ok(Engine::plan_and_tuning(&engine, &machine)?)
+    Ok(Engine::plan_and_tuning(&engine, &machine, projector)?)
 }
 
 /// A line about settings that an earlier load found.
@@ -125,6 +134,13 @@ fn rung_as_json(rung: &Rung) -> Value {
             "n_cells": draft.settings.context_tokens,
             "device_bytes": draft.estimate.devices.first().map(load),
             "host": load(&draft.estimate.host),
+        })),
+        "projector": rung.projector.as_ref().map(|projector| json!({
+            "device": projector.device,
+            "is_bound": projector.is_bound,
+            "image_max_tokens": projector.settings.image_max_tokens,
+            "device_bytes": projector.estimate.devices.first().map(load),
+            "host": load(&projector.estimate.host),
         })),
         "gave_up": rung.gave_up,
     })

@@ -59,7 +59,9 @@ fn invoke(program: Program) -> Result<ExitCode, ConfigError> {
         Action::Config(format) => print(&loaded.report.print(format)),
         Action::Diagnose => diagnose(&loaded.config),
         Action::Doctor => doctor::run(&loaded.config),
-        Action::Plan { machine, json } => plan_command::run(&loaded.config, machine, json),
+        Action::Plan { machine, projector, json } => {
+            plan_command::run(&loaded.config, machine, projector.as_ref(), json)
+        }
         Action::Tune { json } => {
             tune_command::run(&loaded.config, &loaded.report.source("performance.tune_seconds"), json)
         }

@@ -25,7 +25,7 @@ use self::claims::Claim;
 use self::machine::Machine;
 use self::tokenizer::LlamaTokenizer;
 use crate::backend::Loaded;
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, ProjectorConfig};
 use crate::error::LoadError;
 use crate::status::{AdapterInfo, BuildInfo, DeviceMemory, LoadProgress, ModelInfo, Placement};
 use crate::tune::TuneReport;
@@ -48,8 +48,12 @@ fn probed(config: &EngineConfig) -> Result<Machine, LoadError> {
 }
 
 /// Plans a load without doing it, with the settings that an earlier load found, if one did.
-pub(crate) fn plan(config: &EngineConfig, machine: &PlanMachine) -> Result<(Plan, TuneReport), LoadError> {
-    let (shapes, plan) = placement::plan_for(config, machine)?;
+pub(crate) fn plan(
+    config: &EngineConfig,
+    machine: &PlanMachine,
+    projector: Option<&ProjectorConfig>,
+) -> Result<(Plan, TuneReport), LoadError> {
+    let (shapes, plan) = placement::plan_for(config, machine, projector)?;
     Ok(tuning::planned(config, &shapes.model, machine, plan))
 }
 

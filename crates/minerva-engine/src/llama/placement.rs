@@ -2,14 +2,14 @@
 
 use std::fmt::Display;
 
-use minerva_gpu::estimate::{LoadSettings, ModelShape};
+use minerva_gpu::estimate::{LoadSettings, ModelShape, ProjectorShape};
 use minerva_gpu::gguf::{GgmlType, Header};
-use minerva_gpu::plan::{Plan, PlanError, PlanMachine, Rung, Wishes};
+use minerva_gpu::plan::{Companions, Plan, PlanError, PlanMachine, ProjectorWishes, Rung, Wishes, plan_with};
 use minerva_llama::{Adapter, ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
 
 use super::drafts;
 use super::machine::{Machine, n_threads};
-use crate::config::{AdapterConfig, EngineConfig, FlashAttention, KvType};
+use crate::config::{AdapterConfig, EngineConfig, FlashAttention, KvType, ProjectorConfig};
 use crate::error::LoadError;
 use crate::status::{DeviceMemory, Placement};
 use crate::tune::TuneReport;
@@ -21,27 +21,33 @@ pub(super) struct Planned {
     pub(super) model: ModelShape,
 }
 
-/// What plans are made of: the shapes of the model and of its draft model.
+/// What plans are made of: the shapes of the model, of its draft model, and of a projector.
 pub(super) struct Shapes {
     pub(super) model: ModelShape,
     draft: Option<ModelShape>,
+    projector: Option<(ProjectorShape, ProjectorWishes)>,
 }
 
 /// Plans for a machine that was looked at.
 pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
-    let (shapes, plan) = plan_for(config, &machine.planned)?;
+    let (shapes, plan) = plan_for(config, &machine.planned, None)?;
     Ok(Planned { machine, plan, model: shapes.model })
 }
 
-/// Reads the header and plans.
-pub(super) fn plan_for(config: &EngineConfig, machine: &PlanMachine) -> Result<(Shapes, Plan), LoadError> {
+/// Reads the headers and plans.
+pub(super) fn plan_for(
+    config: &EngineConfig,
+    machine: &PlanMachine,
+    projector: Option<&ProjectorConfig>,
+) -> Result<(Shapes, Plan), LoadError> {
     let header = Header::open(&config.model_path)?;
     let mut model = ModelShape::of(&header).map_err(LoadError::Estimate)?;
     for adapter in &config.adapters {
         add_adapter(&mut model, adapter)?;
     }
     let draft = drafts::shape(config, &header)?;
-    let shapes = Shapes { model, draft };
+    let projector = projector.map(projector_shape).transpose()?;
+    let shapes = Shapes { model, draft, projector };
     let model = &shapes.model;
     let wishes = config.wishes();
     if let Some(context) = wishes.context_tokens.filter(|&context| context > model.context_train_tokens) {
@@ -74,18 +80,27 @@ fn add_adapter(model: &mut ModelShape, adapter: &AdapterConfig) -> Result<(), Lo
 
 impl Shapes {
     fn plan(&self, config: &EngineConfig, wishes: &Wishes, machine: &PlanMachine) -> Result<Plan, PlanError> {
-        let (Some(draft), Some(asked)) = (&self.draft, &config.draft) else {
-            return minerva_gpu::plan::plan(&self.model, wishes, machine);
+        let projector = self.projector.as_ref().map(|(shape, asked)| (shape, *asked));
+        let drafts = self.draft.as_ref().zip(config.draft.as_ref());
+        let draft = match drafts.filter(|_| self.model.can_be_cut()) {
+            Some((shape, asked)) => Some((shape, drafts::wishes(asked, config.device, machine)?)),
+            None => None,
         };
-        if !self.model.can_be_cut() {
-            let mut plan = minerva_gpu::plan::plan(&self.model, wishes, machine)?;
+        let mut plan = plan_with(&self.model, wishes, machine, &Companions { draft, projector })?;
+        if drafts.is_some() && draft.is_none() {
             let gave_up = "the draft model: what the main model computed along cannot be taken back";
             plan.rungs.iter_mut().for_each(|rung| rung.gave_up.push(gave_up.to_owned()));
-            return Ok(plan);
         }
-        let asked = drafts::wishes(asked, config.device, machine)?;
-        minerva_gpu::plan::plan_with_draft(&self.model, wishes, machine, draft, &asked)
+        Ok(plan)
     }
+}
+
+/// Reads a projector's header.
+fn projector_shape(projector: &ProjectorConfig) -> Result<(ProjectorShape, ProjectorWishes), LoadError> {
+    let setting = |problem: String| LoadError::Setting { name: "mmproj", problem };
+    let header = Header::open(&projector.path).map_err(|problem| setting(format!("cannot be read: {problem}")))?;
+    let shape = ProjectorShape::of(&header).map_err(|problem| setting(format!("is no projector: {problem}")))?;
+    Ok((shape, projector.wishes()))
 }
 
 impl Planned {

@@ -9,6 +9,7 @@ mod cache;
 mod graph;
 mod model;
 mod placement;
+mod projector;
 mod reading;
 mod settings;
 #[cfg(test)]
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 pub use adapter::{AdapterError, MAX_ADAPTERS};
 pub use model::ModelShape;
 pub use placement::Placement;
+pub use projector::{PictureSize, ProjectorEstimate, ProjectorSettings, ProjectorShape, estimate_projector};
 pub(crate) use reading::{DeviceReads, layer_bytes, reads_per_token};
 pub use settings::LoadSettings;
 
@@ -48,6 +50,12 @@ pub enum EstimateError {
         value: u64,
         /// The largest that is accepted.
         limit: u64,
+    },
+    /// A kind of projector of which nothing is known.
+    #[error("`clip.projector_type` is `{name}`, which is no kind that can be estimated")]
+    Projector {
+        /// The kind.
+        name: String,
     },
     /// A value of the wrong type.
     #[error(transparent)]

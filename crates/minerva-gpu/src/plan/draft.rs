@@ -1,8 +1,9 @@
 //! A draft model beside the main one: where it goes, what it takes, and that it is given up before anything of the main model is.
 
+use super::beside::{Companions, Guest, plan_beside, plan_with, put_above};
 use super::machine::PlanMachine;
 use super::search::Search;
-use super::{Plan, PlanError, Rung, Wishes, ladder, plan};
+use super::{Plan, PlanError, Rung, Wishes};
 use crate::estimate::{Estimate, HostTraits, LoadSettings, ModelShape, Placement, estimate};
 use crate::gguf::GgmlType;
 use crate::memory::format_bytes;
@@ -46,6 +47,12 @@ pub struct DraftLoad {
     pub estimate: Estimate,
 }
 
+impl DraftLoad {
+    pub(super) fn guest(&self) -> Guest<'_> {
+        Guest { device: self.device, estimate: &self.estimate, maps_weights: true }
+    }
+}
+
 /// Plans a load with a draft model, as long as the main model gives up nothing for it: no layer, no sequence, no context. Otherwise, and
 /// on the rungs below, there is none.
 ///
@@ -58,46 +65,40 @@ pub fn plan_with_draft(
     draft: &ModelShape,
     asked: &DraftWishes,
 ) -> Result<Plan, PlanError> {
-    let mut alone = plan(model, wishes, machine)?;
-    let mut search = Search::new(model, wishes, machine)?;
+    plan_with(model, wishes, machine, &Companions { draft: Some((draft, *asked)), ..Companions::default() })
+}
+
+/// Adds a draft model to a plan, on top of its rungs.
+pub(super) fn add(
+    mut alone: Plan,
+    mut search: Search<'_>,
+    draft: &ModelShape,
+    asked: DraftWishes,
+) -> Result<Plan, PlanError> {
+    if let Some(projector) = &alone.best().projector {
+        search.reserve(projector.guest());
+    }
     let load = load(draft, asked, &search, alone.best())?;
-    let fits = search.has_room_for(&load);
-    search.reserve(&load);
-    let bytes = load.estimate.host.total_bytes()
-        + load.estimate.devices.first().map_or(0, crate::estimate::DeviceLoad::total_bytes);
-    let beside = if fits { search.plan().ok() } else { None };
-    let Some(beside) = beside.filter(|beside| gives_up_nothing(beside.best(), alone.best())) else {
-        let gave_up = format!("the draft model: its {} have no room beside the main model", format_bytes(bytes));
+    let Some(beside) = plan_beside(search, load.guest(), alone.best()) else {
+        let bytes = format_bytes(load.guest().total_bytes());
+        let gave_up = format!("the draft model: its {bytes} have no room beside the main model");
         alone.rungs.iter_mut().for_each(|rung| rung.gave_up.push(gave_up.clone()));
         return Ok(alone);
     };
-    let best = Rung { draft: Some(load), ..beside.rungs.into_iter().next().unwrap_or_else(|| alone.best().clone()) };
+    let (projector, gave_up) = (alone.best().projector.clone(), alone.best().gave_up.clone());
+    let best = beside.rungs.into_iter().next().unwrap_or_else(|| alone.best().clone());
+    let best = Rung { draft: Some(load), projector, gave_up, ..best };
     for rung in &mut alone.rungs {
         rung.gave_up.push("the draft model".to_owned());
     }
-    // A smaller draft of the main model that is larger without it would be no step down.
-    alone.rungs.retain(|rung| rung.is_cpu() || ladder::takes_less(rung, &best));
-    alone.rungs.insert(0, best);
     alone.largest_context_tokens = beside.largest_context_tokens;
-    Ok(alone)
+    Ok(put_above(best, alone))
 }
 
-/// As many layers, experts, sequences and cells as without.
-fn gives_up_nothing(with: &Rung, without: &Rung) -> bool {
-    let kept = |rung: &Rung| {
-        let (placement, settings) = (&rung.placement, &rung.settings);
-        let experts = placement.expert_layers_on_host().len();
-        (placement.n_gpu_layers(), experts, settings.n_sequences, settings.context_tokens, rung.context_tokens)
-    };
-    kept(with) == kept(without) && with.settings.kv_unified == without.settings.kv_unified
-}
-
-fn load(draft: &ModelShape, asked: &DraftWishes, search: &Search<'_>, main: &Rung) -> Result<DraftLoad, PlanError> {
-    let layers = main.placement.layers_per_device();
-    let fullest = || (0..layers.len()).rev().max_by_key(|&at| layers[at]).filter(|&at| layers[at] > 0);
+fn load(draft: &ModelShape, asked: DraftWishes, search: &Search<'_>, main: &Rung) -> Result<DraftLoad, PlanError> {
     let device = match asked.place {
         DraftPlace::Host => None,
-        DraftPlace::Beside => fullest(),
+        DraftPlace::Beside => main.fullest_device(),
         DraftPlace::Device(given) => Some(search.position_of(given).ok_or_else(|| PlanError::Wish {
             setting: "device-draft",
             problem: format!("names device {given}, and the main model has {} to go to", search.devices.len()),

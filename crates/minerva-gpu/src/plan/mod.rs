@@ -10,9 +10,11 @@
 //! - The order in which devices are named changes nothing but the order in which they are reported.
 //! - Each rung takes less of every device than the one above it.
 
+mod beside;
 mod draft;
 mod ladder;
 mod machine;
+mod projector;
 mod search;
 mod speed;
 mod split;
@@ -20,13 +22,16 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use beside::{Companions, plan_with};
 pub use draft::{DraftLoad, DraftPlace, DraftWishes, plan_with_draft};
 pub use machine::{ParseMachineError, PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
+pub use projector::{ProjectorLoad, ProjectorPlace, ProjectorWishes};
 pub use speed::Speed;
 
 use crate::estimate::{DeviceLoad, Estimate, LoadSettings, ModelShape, Placement};
 use crate::gguf::GgmlType;
 use crate::memory::format_bytes;
+use beside::Guest;
 
 /// Sequences to aim for when the user does not say.
 pub const DEFAULT_N_SEQUENCES: u32 = 8;
@@ -104,16 +109,36 @@ pub struct Rung {
     pub speed: Speed,
     /// The draft model beside it, if there is one.
     pub draft: Option<DraftLoad>,
+    /// The projector beside it, if there is one.
+    pub projector: Option<ProjectorLoad>,
     /// What this rung has less of than was wished for, with the reason.
     pub gave_up: Vec<String>,
 }
 
 impl Rung {
-    /// Bytes on one of the plan's devices, those of a draft model included.
+    /// Bytes on one of the plan's devices, those of a draft model and a projector included.
     pub fn device_bytes(&self, at: usize) -> u64 {
         let own = self.estimate.devices.get(at).map_or(0, DeviceLoad::total_bytes);
-        let draft = self.draft.as_ref().filter(|draft| draft.device == Some(at));
-        own.saturating_add(draft.and_then(|draft| draft.estimate.devices.first()).map_or(0, DeviceLoad::total_bytes))
+        let beside =
+            self.guests().filter(|guest| guest.device == Some(at)).map(|guest| guest.on_device().total_bytes());
+        beside.fold(own, u64::saturating_add)
+    }
+
+    /// Bytes on the host, those of a draft model and a projector included.
+    pub fn host_bytes(&self) -> u64 {
+        let beside = self.guests().map(|guest| guest.estimate.host.total_bytes());
+        beside.fold(self.estimate.host.total_bytes(), u64::saturating_add)
+    }
+
+    fn guests(&self) -> impl Iterator<Item = Guest<'_>> {
+        let projector = self.projector.iter().map(ProjectorLoad::guest);
+        self.draft.iter().map(DraftLoad::guest).chain(projector)
+    }
+
+    /// The device with most of the layers; the first of several. `None` without layers on any.
+    fn fullest_device(&self) -> Option<usize> {
+        let layers = self.placement.layers_per_device();
+        (0..layers.len()).rev().max_by_key(|&at| layers[at]).filter(|&at| layers[at] > 0)
     }
 
     /// No layer on any device.

@@ -6,7 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use super::draft::DraftLoad;
+use super::beside::Guest;
 use super::ladder;
 use super::machine::{PlanDevice, PlanHost, PlanMachine};
 use super::speed;
@@ -73,24 +73,26 @@ impl<'a> Search<'a> {
         })
     }
 
-    /// Takes what a draft model needs off the room.
-    pub(super) fn reserve(&mut self, draft: &DraftLoad) {
-        if let (Some(at), Some(load)) = (draft.device, draft.estimate.devices.first())
-            && let Some(device) = self.devices.get_mut(at)
-        {
-            device.free_bytes = device.free_bytes.saturating_sub(load.total_bytes());
-            device.taken_bytes = device.taken_bytes.saturating_add(load.total_bytes());
+    /// Takes what a companion needs off the room.
+    pub(super) fn reserve(&mut self, guest: Guest<'_>) {
+        let on_device = guest.on_device().total_bytes();
+        if let Some(device) = guest.device.and_then(|at| self.devices.get_mut(at)) {
+            device.free_bytes = device.free_bytes.saturating_sub(on_device);
+            device.taken_bytes = device.taken_bytes.saturating_add(on_device);
         }
-        let allocated = self.host_bytes(&draft.estimate);
-        self.host.free_bytes = self.host.free_bytes.saturating_sub(allocated);
-        self.host.taken_bytes = self.host.taken_bytes.saturating_add(draft.estimate.host.total_bytes());
+        self.host.free_bytes = self.host.free_bytes.saturating_sub(self.allocated_by(guest));
+        self.host.taken_bytes = self.host.taken_bytes.saturating_add(guest.estimate.host.total_bytes());
     }
 
-    /// Whether a draft model has the room that it is to get.
-    pub(super) fn has_room_for(&self, draft: &DraftLoad) -> bool {
-        let load = draft.estimate.devices.first().map_or(0, crate::estimate::DeviceLoad::total_bytes);
-        let room = draft.device.and_then(|at| self.devices.get(at)).map_or(0, PlanDevice::budget_bytes);
-        load <= room && self.host_excess(&draft.estimate) == 0
+    /// Whether a companion has the room that it is to get.
+    pub(super) fn has_room_for(&self, guest: Guest<'_>) -> bool {
+        let room = guest.device.and_then(|at| self.devices.get(at)).map_or(0, PlanDevice::budget_bytes);
+        guest.on_device().total_bytes() <= room && self.allocated_by(guest) <= self.host.free_bytes
+    }
+
+    /// What a companion has to allocate on the host.
+    fn allocated_by(&self, guest: Guest<'_>) -> u64 {
+        if guest.maps_weights { self.host_bytes(guest.estimate) } else { guest.estimate.host.total_bytes() }
     }
 
     /// Where a device of the machine that was given stands among the devices here.
@@ -325,7 +327,8 @@ impl<'a> Search<'a> {
                 .push(format!("the experts of {n_experts_left} layers stay on the host: {room} is the devices' room"));
         }
         let settings = draft.settings.clone();
-        Rung { settings, context_tokens: draft.context_tokens, placement, estimate, speed, draft: None, gave_up }
+        let context_tokens = draft.context_tokens;
+        Rung { settings, context_tokens, placement, estimate, speed, draft: None, projector: None, gave_up }
     }
 
     /// The last rung: no device. What was left open shrinks to the host's share, and no further than its smallest.
@@ -356,8 +359,8 @@ impl<'a> Search<'a> {
 
     /// The rung with other settings in the same places, if that fits.
     pub(super) fn with_settings(mut self, rung: &Rung, settings: &LoadSettings) -> Option<Rung> {
-        if let Some(draft) = &rung.draft {
-            self.reserve(draft);
+        for guest in rung.guests() {
+            self.reserve(guest);
         }
         let estimate = self.estimate(settings, &rung.placement);
         let is_over = self.over(&estimate).iter().any(|&bytes| bytes > 0) || self.host_excess(&estimate) > 0;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Plan, Rung};
-use crate::estimate::DeviceLoad;
+use crate::estimate::{DeviceLoad, Estimate};
 use crate::memory::format_bytes;
 
 /// Characters of a bar.
@@ -36,18 +36,19 @@ impl fmt::Display for Plan {
         for (at, ((device, load), n_layers)) in self.devices.iter().zip(&best.estimate.devices).zip(layers).enumerate()
         {
             let room = device.open_bytes();
-            row(f, &device.name, n_layers, load, device.overhead_bytes, room)?;
-            if let Some((n_layers, draft)) = draft_on(best, at) {
-                let before = load.total_bytes().saturating_add(device.overhead_bytes);
-                row(f, DRAFT_ROW, n_layers, &draft, before, room)?;
+            row(f, &device.name, Some(n_layers), load, device.overhead_bytes, room)?;
+            let mut before = load.total_bytes().saturating_add(device.overhead_bytes);
+            for (name, n_layers, load) in beside(best, Some(at)) {
+                row(f, name, n_layers, &load, before, room)?;
+                before = before.saturating_add(load.total_bytes());
             }
         }
         let n_on_host = best.placement.n_layers_total() - best.placement.n_gpu_layers();
-        row(f, "host", n_on_host, &best.estimate.host, 0, self.host.free_bytes)?;
-        if let Some(draft) = &best.draft {
-            let n_layers = draft.placement.n_layers_total() - draft.placement.n_gpu_layers();
-            let before = best.estimate.host.total_bytes();
-            row(f, DRAFT_ROW, n_layers, &draft.estimate.host, before, self.host.free_bytes)?;
+        row(f, "host", Some(n_on_host), &best.estimate.host, 0, self.host.free_bytes)?;
+        let mut before = best.estimate.host.total_bytes();
+        for (name, n_layers, load) in beside(best, None) {
+            row(f, name, n_layers, &load, before, self.host.free_bytes)?;
+            before = before.saturating_add(load.total_bytes());
         }
         let experts = best.placement.expert_layers_on_host();
         if !experts.is_empty() {
@@ -74,24 +75,33 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Below what the main model takes; its sum is that of both.
-const DRAFT_ROW: &str = "  and the draft model";
-
-/// The draft model's layers and bytes on a device, if it is there.
-fn draft_on(rung: &Rung, at: usize) -> Option<(u32, DeviceLoad)> {
-    let draft = rung.draft.as_ref().filter(|draft| draft.device == Some(at))?;
-    Some((draft.placement.n_gpu_layers(), *draft.estimate.devices.first()?))
+/// Rows below what the main model takes on a device, or on the host; each sum is that of all above it. A projector has no layers of
+/// the model's.
+fn beside(rung: &Rung, device: Option<usize>) -> impl Iterator<Item = (&'static str, Option<u32>, DeviceLoad)> {
+    let on = |at: Option<usize>, estimate: &Estimate| match device {
+        None => Some(estimate.host),
+        Some(_) => estimate.devices.first().copied().filter(|_| at == device),
+    };
+    let draft = rung.draft.as_ref().and_then(|draft| {
+        let (all, there) = (draft.placement.n_layers_total(), draft.placement.n_gpu_layers());
+        let n_layers = if device.is_some() { there } else { all - there };
+        Some(("  and the draft model", Some(n_layers), on(draft.device, &draft.estimate)?))
+    });
+    let projector = rung.projector.as_ref();
+    let projector = projector.and_then(|load| Some(("  and the projector", None, on(load.device, &load.estimate)?)));
+    draft.into_iter().chain(projector)
 }
 
 fn row(
     f: &mut fmt::Formatter<'_>,
     name: &str,
-    n_layers: u32,
+    n_layers: Option<u32>,
     load: &DeviceLoad,
     overhead_bytes: u64,
     room_bytes: u64,
 ) -> fmt::Result {
     let used = load.total_bytes().saturating_add(overhead_bytes);
+    let n_layers = n_layers.map_or_else(String::new, |n| n.to_string());
     let [weights, cache, scratch, sum] =
         [load.weights_bytes, load.cache_bytes, load.compute_bytes, used].map(format_bytes);
     let percent = used.saturating_mul(100).checked_div(room_bytes).unwrap_or(0);
@@ -106,13 +116,15 @@ impl fmt::Display for Rung {
         let layers = self.placement.n_gpu_layers();
         let on_devices: u64 = (0..self.estimate.devices.len()).map(|at| self.device_bytes(at)).sum();
         if self.is_cpu() {
-            let draft = self.draft.as_ref().map_or(0, |draft| draft.estimate.host.total_bytes());
-            write!(f, "CPU: {} of RAM", format_bytes(self.estimate.host.total_bytes().saturating_add(draft)))?;
+            write!(f, "CPU: {} of RAM", format_bytes(self.host_bytes()))?;
         } else {
             write!(f, "{layers} layers on devices: {}", format_bytes(on_devices))?;
         }
-        if self.draft.is_some() {
-            write!(f, " with the draft model")?;
+        match (self.draft.is_some(), self.projector.as_ref().map(|projector| projector.device)) {
+            (true, Some(Some(_))) => write!(f, " with the draft model and the projector")?,
+            (true, _) => write!(f, " with the draft model")?,
+            (false, Some(Some(_))) => write!(f, " with the projector")?,
+            (false, _) => {}
         }
         let n_experts = self.placement.expert_layers_on_host().len();
         if n_experts > 0 && !self.is_cpu() {

@@ -3,6 +3,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
+use crate::estimate::ProjectorShape;
 use crate::gguf::Header;
 use crate::synthetic;
 
@@ -355,4 +356,90 @@ fn a_draft_model_goes_where_it_is_told_to() {
     let nowhere = DraftWishes { place: DraftPlace::Device(2), ..DraftWishes::default() };
     let problem = plan_with_draft(&main, &Wishes::default(), &machine(text), &draft, &nowhere).unwrap_err();
     assert!(problem.to_string().contains("device-draft"), "{problem}");
+}
+
+fn projector(name: &str) -> ProjectorShape {
+    let file = synthetic::projector(name).unwrap();
+    ProjectorShape::of(&Header::parse(&file.header_bytes(), file.file_bytes()).unwrap()).unwrap()
+}
+
+fn with_projector(text: &str, wishes: &Wishes, place: ProjectorPlace, draft: bool) -> Plan {
+    let (draft_shape, projector) = (shape("qwen2-1.5b-q4_0"), projector("mmproj-gemma3"));
+    let companions = Companions {
+        draft: draft.then_some((&draft_shape, DraftWishes::default())),
+        projector: Some((&projector, ProjectorWishes { place, ..ProjectorWishes::default() })),
+    };
+    plan_with(&shape("llama2-7b-q4_0"), wishes, &machine(text), &companions).unwrap()
+}
+
+#[test]
+fn a_projector_is_beside_the_model_and_goes_onto_the_host_first() {
+    let wishes = Wishes { n_sequences: Some(1), ..Wishes::default() };
+    let plan = with_projector("cuda:24GiB,ram:32GiB", &wishes, ProjectorPlace::Beside, false);
+    let (best, next) = (plan.best(), &plan.rungs[1]);
+    let there = best.projector.as_ref().expect("it fits");
+    assert_eq!((there.device, there.is_bound), (Some(0), false));
+    assert!(there.estimate.devices[0].weights_bytes > 800 << 20 && there.estimate.host.weights_bytes == 0);
+    assert!(best.gave_up.is_empty() && best.device_bytes(0) <= plan.devices[0].budget_bytes());
+    let here = next.projector.as_ref().expect("the host has room");
+    assert_eq!((here.device, next.placement.n_gpu_layers()), (None, 33), "no layer goes before it does");
+    assert!(next.gave_up.contains(&"the projector is on the host".to_owned()), "{:?}", next.gave_up);
+    for pair in plan.rungs.windows(2).filter(|pair| !pair[1].is_cpu()) {
+        assert!(pair[1].device_bytes(0) < pair[0].device_bytes(0), "{plan}");
+    }
+    assert!(plan.rungs.iter().all(|rung| rung.projector.is_some()), "pictures are understood on every rung");
+    assert!(plan.to_string().contains("  and the projector") && best.to_string().contains("with the projector"));
+    let asked = with_projector("cuda:24GiB,ram:32GiB", &wishes, ProjectorPlace::Host, false);
+    assert_eq!(asked.best().projector.as_ref().map(|load| load.device), Some(None));
+    assert!(asked.best().gave_up.is_empty(), "it is what was asked for");
+}
+
+#[test]
+fn a_projector_never_costs_the_main_model_a_layer_a_sequence_or_a_cell() {
+    let wishes = Wishes::default();
+    let mut places = Vec::new();
+    for gib in 3..=24 {
+        let text = format!("cuda:{gib}GiB,ram:32GiB");
+        let both = with_projector(&text, &wishes, ProjectorPlace::Beside, false);
+        let alone = plan(&shape("llama2-7b-q4_0"), &wishes, &machine(&text)).unwrap();
+        let kept = |rung: &Rung| (rung.placement.n_gpu_layers(), rung.settings.n_sequences, rung.context_tokens);
+        assert_eq!(kept(both.best()), kept(alone.best()), "{text}");
+        assert!(both.best().device_bytes(0) <= both.devices[0].budget_bytes(), "{text}");
+        assert_eq!((&both.devices, &both.host), (&alone.devices, &alone.host), "the machine is what it is");
+        let load = both.best().projector.as_ref().expect("the host has room");
+        let says_so = both.best().gave_up.iter().any(|given_up| given_up.contains("the projector is on the host"));
+        assert_eq!(load.device.is_none() && !both.best().is_cpu(), says_so, "{text}: {:?}", both.best().gave_up);
+        places.push(load.device.is_some());
+    }
+    assert!(places.contains(&true) && places.contains(&false), "{places:?}");
+}
+
+#[test]
+fn a_draft_model_gets_what_the_projector_leaves() {
+    let (text, wishes) = ("cuda:24GiB,ram:32GiB", Wishes { n_sequences: Some(1), ..Wishes::default() });
+    let both = with_projector(text, &wishes, ProjectorPlace::Beside, true);
+    let best = both.best();
+    assert_eq!(best.draft.as_ref().map(|load| load.device), Some(Some(0)));
+    assert_eq!(best.projector.as_ref().map(|load| load.device), Some(Some(0)));
+    assert!(best.to_string().contains("with the draft model and the projector"), "{best}");
+    let without = [
+        with_draft(text, &wishes, &DraftWishes::default()),
+        with_projector(text, &wishes, ProjectorPlace::Beside, false),
+    ];
+    let main = best.estimate.devices[0].total_bytes();
+    let parts: u64 = without.iter().map(|plan| plan.best().device_bytes(0) - main).sum();
+    assert_eq!(best.device_bytes(0), main + parts);
+    let order: Vec<(bool, Option<Option<usize>>)> = both.rungs[..3]
+        .iter()
+        .map(|rung| (rung.draft.is_some(), rung.projector.as_ref().map(|load| load.device)))
+        .collect();
+    assert_eq!(order, [(true, Some(Some(0))), (false, Some(Some(0))), (false, Some(None))], "one thing at a time");
+    fits(&both);
+}
+
+#[test]
+fn a_projector_without_room_anywhere_is_left_out_and_the_plan_says_so() {
+    let plan = with_projector("cuda:24GiB,ram:512MiB", &Wishes::default(), ProjectorPlace::Host, false);
+    assert_eq!(plan.best().projector, None);
+    assert!(plan.best().gave_up.iter().any(|given_up| given_up.starts_with("the projector: its ")), "{plan}");
 }

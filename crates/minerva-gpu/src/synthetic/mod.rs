@@ -1,15 +1,17 @@
 //! Models without meaning: headers of any shape, with random weights where speed or memory is measured.
 //!
-//! [`shape`] builds a named one, [`NAMES`] lists them. They follow real models of each kind that llama.cpp knows, from a
+//! [`shape`] builds a named one, [`NAMES`] lists them; [`projector`] and [`PROJECTOR_NAMES`] do so for multimodal projectors. They follow real models of each kind that llama.cpp knows, from a
 //! dense one to hybrids, so that plans can be checked against llama.cpp without downloading any. Random weights are fine for
 //! memory and speed, never for quality.
 
 mod adapters;
 mod encoders;
+mod projectors;
 mod recurrent;
 mod transformers;
 
 pub use adapters::adapter;
+pub use projectors::{PROJECTOR_NAMES, projector, projector_with_layers};
 
 use crate::gguf::{Array, FileBuilder, GgmlType, Value};
 

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use minerva_engine::ProjectorConfig;
 use minerva_gpu::plan::PlanMachine;
 
 use super::kind::Kind;
@@ -41,6 +42,8 @@ pub enum Action {
     Plan {
         /// A machine that does not exist, in place of this one.
         machine: Option<PlanMachine>,
+        /// A projector to leave room for.
+        projector: Option<ProjectorConfig>,
         /// As JSON.
         json: bool,
     },
@@ -100,7 +103,7 @@ impl Invocation {
                 action = Action::Doctor;
             }
             if name == "plan" {
-                action = Action::Plan { machine: None, json: inner.get_flag("json") };
+                action = Action::Plan { machine: None, projector: projector(inner), json: inner.get_flag("json") };
                 model = inner.get_one::<String>("model").cloned();
             }
             if name == "tune" {
@@ -183,7 +186,8 @@ fn command(program: Program) -> Command {
         let model = model.help("The GGUF file, the same as --model");
         let about = "Say what a model will take, and where, without loading it: on this machine, as it would be served with \
             the same flags, or with `--device` on one that does not exist";
-        command = command.subcommand(Command::new("plan").about(about).args([model.clone(), json.clone()]));
+        let plan = Command::new("plan").about(about).args([model.clone(), json.clone()]).args(projector_args());
+        command = command.subcommand(plan);
         let about = "Measure the settings that no flag fixes and print what was tried; a server with the same flags then uses the \
             result";
         command = command.subcommand(Command::new("tune").about(about).args([model, json]));
@@ -193,6 +197,28 @@ fn command(program: Program) -> Command {
         command = command.subcommand(Command::new(RPC_WORKER).about("Lend this machine's devices to another Minerva"));
     }
     command
+}
+
+/// What `plan` alone takes: the server loads no projectors yet.
+fn projector_args() -> [Arg; 3] {
+    let file = Arg::new("mmproj").long("mmproj").value_name("FILE").value_parser(clap::value_parser!(PathBuf));
+    let host = Arg::new("no-mmproj-offload").long("no-mmproj-offload").action(ArgAction::SetTrue).requires("mmproj");
+    let tokens = Arg::new("image-max-tokens").long("image-max-tokens").value_name("N").requires("mmproj");
+    [
+        file.help("Leave room for this projector of images or sound. The server does not load projectors yet"),
+        host.help("The projector goes onto the host"),
+        tokens
+            .value_parser(clap::value_parser!(u32).range(1..))
+            .help("The most tokens of one picture, for projectors that have no fixed size"),
+    ]
+}
+
+fn projector(plan: &ArgMatches) -> Option<ProjectorConfig> {
+    Some(ProjectorConfig {
+        path: plan.get_one::<PathBuf>("mmproj")?.clone(),
+        on_host: plan.get_flag("no-mmproj-offload"),
+        image_max_tokens: plan.get_one::<u32>("image-max-tokens").copied(),
+    })
 }
 
 fn args(setting: &'static Setting) -> impl Iterator<Item = Arg> {
@@ -322,14 +348,32 @@ mod tests {
         };
         let path = |path: &str| Some(PathBuf::from(path));
         let (machine, json) = ("cuda:24GiB,ram:64GiB".parse().ok(), true);
-        let made_up = (Action::Plan { machine, json }, path("a.gguf"), "cpu".to_owned());
+        let made_up = (Action::Plan { machine, projector: None, json }, path("a.gguf"), "cpu".to_owned());
         assert_eq!(plan("minerva plan a.gguf --device cuda:24GiB,ram:64GiB --gpu=cpu --json"), made_up);
         assert_eq!(plan("minerva plan --json --gpu cpu --port 9 -m a.gguf --device=cuda:24GiB,ram:64GiB"), made_up);
-        let here = (Action::Plan { machine: None, json: false }, path("a.gguf"), "cuda:1".to_owned());
+        let action = Action::Plan { machine: None, projector: None, json: false };
+        let here = (action, path("a.gguf"), "cuda:1".to_owned());
         assert_eq!(plan("minerva --np 4 plan --device cuda:1 a.gguf"), here);
         assert!(parse("minerva plan a.gguf -m b.gguf").unwrap_err().to_string().contains("cannot be used with"));
         assert!(parse("minerva plan --device cuda:24GiB").unwrap_err().to_string().contains("as a machine"));
         assert!(parse("minerva --device cuda:24GiB,ram:64GiB").is_err(), "only for a plan");
+    }
+
+    #[test]
+    fn only_a_plan_takes_a_projector() {
+        let projector = |line: &str| match parse(line).unwrap().action {
+            Action::Plan { projector, .. } => projector,
+            action => panic!("{action:?}"),
+        };
+        let config = |on_host, image_max_tokens| {
+            Some(ProjectorConfig { path: PathBuf::from("p.gguf"), on_host, image_max_tokens })
+        };
+        assert_eq!(projector("minerva plan a.gguf --mmproj p.gguf"), config(false, None));
+        let line = "minerva plan a.gguf --mmproj p.gguf --no-mmproj-offload --image-max-tokens 256";
+        assert_eq!(projector(line), config(true, Some(256)));
+        assert_eq!(projector("minerva plan a.gguf"), None);
+        assert!(parse("minerva plan a.gguf --no-mmproj-offload").is_err(), "of what?");
+        assert!(parse("minerva --mmproj p.gguf").is_err(), "the server loads none");
     }
 
     #[test]

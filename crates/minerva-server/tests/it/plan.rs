@@ -142,6 +142,35 @@ fn a_draft_model_that_does_not_fit_the_model_is_refused_before_anything_is_loade
 }
 
 #[test]
+fn a_plan_leaves_room_for_a_projector_on_a_device_or_on_the_host() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("mmproj.gguf");
+    minerva_gpu::synthetic::projector("mmproj-vit-b").unwrap().write_header_only(&file).unwrap();
+    let file = file.to_str().unwrap();
+    let (model, machine) = (model(), "cuda:8GiB,ram:16GiB");
+    let line = [model.as_str(), "--device", machine, "-np", "1", "--mmproj", file];
+    let beside = plan(&line);
+    let projector = &beside["rungs"][0]["projector"];
+    assert_eq!((&projector["device"], &projector["is_bound"]), (&json!(0), &json!(false)), "{beside:#}");
+    assert!(projector["device_bytes"]["weights_bytes"].as_u64() > Some(100 << 20), "{beside:#}");
+    assert_eq!(beside["rungs"][1]["projector"]["device"], json!(null), "{beside:#}");
+    let on_host = plan(&[&line[..], &["--no-mmproj-offload"]].concat());
+    let projector = &on_host["rungs"][0]["projector"];
+    assert_eq!((&projector["device"], &on_host["rungs"][0]["gave_up"]), (&json!(null), &json!([])), "{on_host:#}");
+    assert!(projector["host"]["weights_bytes"].as_u64() > Some(100 << 20), "{on_host:#}");
+}
+
+#[test]
+fn a_file_that_is_no_projector_is_refused() {
+    let model = model();
+    let mut minerva = Command::new(env!("CARGO_BIN_EXE_minerva"));
+    let output = minerva.args(["plan", &model, "--mmproj", &model, "--gpu=cpu"]).env_clear().output().unwrap();
+    let problem = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{problem}");
+    assert!(problem.contains("`mmproj` is no projector"), "{problem}");
+}
+
+#[test]
 fn a_machine_that_does_not_exist_takes_the_place_of_this_one_and_keeps_the_limit() {
     let (model, machine) = (model(), "cuda:8GiB,ram:16GiB");
     for args in [

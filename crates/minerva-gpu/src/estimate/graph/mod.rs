@@ -12,7 +12,7 @@ mod tensor;
 
 pub(crate) use schedule::{Backend, reserve};
 pub(crate) use tensor::row_bytes;
-use tensor::{Home, Id, Op, Tensor};
+pub(super) use tensor::{Home, Id, Op, Tensor};
 
 /// Tensors, and the order in which they are computed.
 #[derive(Debug, Default)]
