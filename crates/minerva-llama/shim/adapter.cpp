@@ -5,6 +5,7 @@
 #include "llama-adapter.h"
 #include "llama-context.h"
 
+#include <stdexcept>
 #include <vector>
 
 int mnv_adapter_load(llama_model * model, const char * path, llama_adapter_lora ** out, mnv_error * error) {
@@ -23,6 +24,28 @@ int mnv_adapter_memory(const llama_adapter_lora * adapter, mnv_device_bytes * ou
             }
         }
         return list.finish(n);
+    });
+}
+
+int mnv_adapter_give_back(llama_adapter_lora * adapter, mnv_error * error) {
+    return mnv_guard(error, [&] {
+        std::vector<ggml_backend_buffer_ptr> empty;
+        for (const auto & ctx : adapter->ctxs) {
+            ggml_tensor * first = ggml_get_first_tensor(ctx.get());
+            if (!first) {
+                continue;
+            }
+            empty.emplace_back(ggml_backend_buft_alloc_buffer(ggml_backend_buffer_get_type(first->buffer), 0));
+            if (!empty.back()) {
+                throw std::runtime_error("no empty buffer for an adapter");
+            }
+            for (ggml_tensor * tensor = first; tensor; tensor = ggml_get_next_tensor(ctx.get(), tensor)) {
+                tensor->buffer = empty.back().get();
+                tensor->data   = nullptr;
+            }
+        }
+        adapter->bufs.swap(empty);
+        return MNV_OK;
     });
 }
 

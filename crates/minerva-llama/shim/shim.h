@@ -65,6 +65,8 @@ int mnv_context_memory(const struct llama_context * ctx, struct mnv_device_bytes
 int mnv_adapter_load(struct llama_model * model, const char * path, struct llama_adapter_lora ** out, struct mnv_error * error);
 // As mnv_context_memory; only model_bytes are set.
 int mnv_adapter_memory(const struct llama_adapter_lora * adapter, struct mnv_device_bytes * out, size_t * n, struct mnv_error * error);
+// Frees the memory of an adapter that only sizes are asked of, as llama.cpp does with the weights of a load without allocation.
+int mnv_adapter_give_back(struct llama_adapter_lora * adapter, struct mnv_error * error);
 // Replaces the adapters of a context, and makes room for its steps anew.
 int mnv_adapters_use(struct llama_context * ctx, struct llama_adapter_lora ** adapters, const float * scales, size_t n,
                      struct mnv_error * error);

@@ -17,10 +17,15 @@ pub(crate) struct Adapters {
 
 impl Adapters {
     /// Loads adapters into a model. The caller holds the lock of loads, and nothing else knows the model yet: llama.cpp writes into it.
+    /// With `only_sizes` each gives its memory back at once: a simulation lives until the real load is done.
     ///
     /// # Errors
     /// [`LoadError`] for the first that is not one of this model's, or that its devices have no room for.
-    pub(crate) fn load(model: NonNull<sys::llama_model>, adapters: &[Adapter]) -> Result<Self, LoadError> {
+    pub(crate) fn load(
+        model: NonNull<sys::llama_model>,
+        adapters: &[Adapter],
+        only_sizes: bool,
+    ) -> Result<Self, LoadError> {
         let mut loaded = Self::default();
         for adapter in adapters {
             let path = model_path(&adapter.path)?;
@@ -30,6 +35,10 @@ impl Adapters {
             let raw = NonNull::new(raw).ok_or_else(|| CallError::Refused("no adapter was returned".into()))?;
             // SAFETY: a live adapter; `out` has room for `n` entries.
             let bytes = device_bytes(|out, n, error| unsafe { sys::mnv_adapter_memory(raw.as_ptr(), out, n, error) })?;
+            if only_sizes {
+                // SAFETY: a live adapter that no context knows yet; nothing will compute with it.
+                call(|error| unsafe { sys::mnv_adapter_give_back(raw.as_ptr(), error) })?;
+            }
             loaded.raw.push(raw);
             loaded.scales.push(adapter.scale);
             loaded.bytes.extend(bytes);

@@ -68,6 +68,7 @@ impl Model {
         let c_path = model_path(path)?;
         let raw_params = &mut raw.params;
         let mut state = Progress { report: progress, cancelled: false };
+        let only_sizes = raw_params.no_alloc;
         raw_params.progress_callback = Some(on_progress);
         raw_params.progress_callback_user_data = (&raw mut state).cast::<c_void>();
 
@@ -102,7 +103,7 @@ impl Model {
         let n_vocab = usize::try_from(n_vocab).unwrap_or(0);
         let mut model = Self { raw, n_vocab, adapters: Adapters::default(), links };
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        let adapters = Adapters::load(raw, &params.adapters);
+        let adapters = Adapters::load(raw, &params.adapters, only_sizes);
         drop(guard);
         if let Some(address) = model.lost_server() {
             return Err(LoadError::DeviceLost { address: address.to_owned() });

@@ -136,6 +136,7 @@ unsafe extern "C" {
         n: *mut usize,
         error: *mut mnv_error,
     ) -> c_int;
+    pub fn mnv_adapter_give_back(adapter: *mut llama_adapter_lora, error: *mut mnv_error) -> c_int;
     pub fn mnv_adapters_use(
         ctx: *mut llama_context,
         adapters: *mut *mut llama_adapter_lora,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use minerva_gpu::gguf::{FileBuilder, Header};
 use minerva_gpu::synthetic;
-use minerva_llama::{Adapter, Batch, Context, ContextParams, LoadError, Model, ModelParams};
+use minerva_llama::{Adapter, Batch, Context, ContextParams, LoadError, Model, ModelParams, Simulation};
 
 fn model_path() -> PathBuf {
     std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model").into()
@@ -42,7 +42,11 @@ impl Fixture {
     }
 
     fn write(&self, name: &str, change: impl FnOnce(&mut FileBuilder)) -> PathBuf {
-        let mut file = synthetic::adapter(&self.base, 8, |_| true);
+        self.write_with_rank(name, 8, change)
+    }
+
+    fn write_with_rank(&self, name: &str, rank: u64, change: impl FnOnce(&mut FileBuilder)) -> PathBuf {
+        let mut file = synthetic::adapter(&self.base, rank, |_| true);
         change(&mut file);
         let path = self.dir.path().join(name);
         file.write_random(&path, 3, &mut |_| {}).expect("written");
@@ -80,6 +84,29 @@ fn contexts_of_one_model_share_its_adapters() {
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
     assert_eq!(others, [first.clone(), first]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_simulation_counts_adapters_and_holds_none_of_their_memory() {
+    let resident_bytes = || {
+        let status = std::fs::read_to_string("/proc/self/status").expect("linux");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("a line");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+    };
+    let files = Fixture::new();
+    let path = files.write_with_rank("large.gguf", 256, |_| {});
+    let file_bytes = path.metadata().expect("written").len();
+    let before = resident_bytes();
+    let params = ModelParams { adapters: vec![of(&path, 1.0)], ..ModelParams::default() };
+    let simulation = Simulation::load(&model_path(), &params).expect("simulates");
+    let with = simulation.memory_bytes(&ContextParams::default()).expect("measures");
+    let held = resident_bytes().saturating_sub(before);
+    let bare = Simulation::load(&model_path(), &ModelParams::default()).expect("simulates");
+    let without = bare.memory_bytes(&ContextParams::default()).expect("measures");
+    let more = with[0].weights_bytes - without[0].weights_bytes;
+    assert!(more.abs_diff(file_bytes) < 1 << 20, "{more} {file_bytes}");
+    assert!(held < file_bytes / 4, "{held} of {file_bytes}"); // other tests of this program run meanwhile
 }
 
 #[test]
