@@ -8,7 +8,7 @@ use minerva_gpu::{BuildBackends, CpuInfo, DeviceChoice, GpuContext, GpuDevice, G
 use minerva_llama::DeviceKind;
 use serde::Serialize;
 
-use crate::engine::{Beside, Programs};
+use crate::engine::{Beside, Programs, same_work};
 
 /// What kind of place it is; the name is the column's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -118,7 +118,7 @@ impl Place {
             n_seq_max: Some(sizes.n_seq),
             context_length_tokens: Some(sizes.context_tokens),
             n_threads: threads,
-            ..EngineConfig::new(model)
+            ..same_work(model)
         }
     }
 
