@@ -90,8 +90,8 @@ impl Sample {
     }
 }
 
-/// What both sides start from: the engine guesses nothing, because the bare loop computes every token by a step of its own. A model
-/// that repeats itself would make the engine look half as fast again, and hide that a step takes longer.
+/// What both sides start from: the engine guesses nothing, because the bare loop computes every token by a step of its own. With a
+/// text that repeats itself the ratio would be one of tokens to steps, and could hide that a step takes longer.
 pub(crate) fn same_work(model: &Path) -> EngineConfig {
     EngineConfig { speculation: Speculation::Off, ..EngineConfig::new(model) }
 }
