@@ -165,18 +165,18 @@ impl ModelShape {
                 return wrong(&part.name, format!("is of type {}, which no product takes", part.ggml_type.name()));
             }
         }
-        let [n_in, n_out, n_planes, n_cubes] = shape(base);
-        let rank = shape(b)[0];
+        let [n_in, n_out, n_planes, n_cubes] = base.shape();
+        let rank = b.shape()[0];
         let wanted = if weight == "token_embd.weight" {
             [[rank, n_out, 1, 1], [rank, n_in, 1, 1]]
         } else {
             [[n_in, rank, n_planes, n_cubes], [rank, n_out, n_planes, n_cubes]]
         };
         for (part, wanted) in [a, b].into_iter().zip(wanted) {
-            if shape(part) != wanted {
+            if part.shape() != wanted {
                 return wrong(
                     &part.name,
-                    format!("has the shape {:?}, beside `{weight}` it must be {wanted:?}", shape(part)),
+                    format!("has the shape {:?}, beside `{weight}` it must be {wanted:?}", part.shape()),
                 );
             }
         }
@@ -242,14 +242,6 @@ fn pairs(header: &Header) -> Result<Vec<(String, LowRank)>, AdapterError> {
 /// Whether ggml has products with such a matrix: floats of two and four bytes, and everything in blocks.
 fn is_multiplied(ggml_type: GgmlType) -> bool {
     matches!(ggml_type, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16) || ggml_type.block_elements() > 1
-}
-
-fn shape(tensor: &TensorInfo) -> [u64; 4] {
-    let mut shape = [1; 4];
-    for (to, from) in shape.iter_mut().zip(&tensor.dims) {
-        *to = *from;
-    }
-    shape
 }
 
 #[cfg(test)]

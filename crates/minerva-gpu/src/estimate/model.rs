@@ -459,7 +459,7 @@ impl Reader<'_> {
     }
 }
 
-fn product(factors: &[u64]) -> u64 {
+pub(super) fn product(factors: &[u64]) -> u64 {
     factors.iter().fold(1, |product: u64, &factor| product.saturating_mul(factor))
 }
 

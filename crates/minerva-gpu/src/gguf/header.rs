@@ -62,6 +62,17 @@ pub struct TensorInfo {
     pub bytes: u64,
 }
 
+impl TensorInfo {
+    /// All four dimensions: those that the file leaves out are 1.
+    pub(crate) fn shape(&self) -> [u64; 4] {
+        let mut shape = [1; 4];
+        for (to, from) in shape.iter_mut().zip(&self.dims) {
+            *to = *from;
+        }
+        shape
+    }
+}
+
 impl Header {
     /// Reads the header of a file, or of the split set that the file belongs to, and checks it for llama.cpp.
     ///

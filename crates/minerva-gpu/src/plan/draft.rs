@@ -1,9 +1,8 @@
 //! A draft model beside the main one: where it goes, what it takes, and that it is given up before anything of the main model is.
 
-use super::beside::{Companions, Guest, plan_beside, plan_with, put_above};
-use super::machine::PlanMachine;
+use super::beside::{Guest, plan_beside, put_above};
 use super::search::Search;
-use super::{Plan, PlanError, Rung, Wishes};
+use super::{Plan, PlanError, Rung};
 use crate::estimate::{Estimate, HostTraits, LoadSettings, ModelShape, Placement, estimate};
 use crate::gguf::GgmlType;
 use crate::memory::format_bytes;
@@ -51,21 +50,6 @@ impl DraftLoad {
     pub(super) fn guest(&self) -> Guest<'_> {
         Guest { device: self.device, estimate: &self.estimate, maps_weights: true }
     }
-}
-
-/// Plans a load with a draft model, as long as the main model gives up nothing for it: no layer, no sequence, no context. Otherwise, and
-/// on the rungs below, there is none.
-///
-/// # Errors
-/// As [`plan`](super::plan()); [`PlanError::Wish`] also for a device that is not there.
-pub fn plan_with_draft(
-    model: &ModelShape,
-    wishes: &Wishes,
-    machine: &PlanMachine,
-    draft: &ModelShape,
-    asked: &DraftWishes,
-) -> Result<Plan, PlanError> {
-    plan_with(model, wishes, machine, &Companions { draft: Some((draft, *asked)), ..Companions::default() })
 }
 
 /// Adds a draft model to a plan, on top of its rungs.

@@ -23,7 +23,7 @@ mod table;
 mod tests;
 
 pub use beside::{Companions, plan_with};
-pub use draft::{DraftLoad, DraftPlace, DraftWishes, plan_with_draft};
+pub use draft::{DraftLoad, DraftPlace, DraftWishes};
 pub use machine::{ParseMachineError, PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
 pub use projector::{ProjectorLoad, ProjectorPlace, ProjectorWishes};
 pub use speed::Speed;

@@ -300,7 +300,9 @@ proptest! {
 }
 
 fn with_draft(text: &str, wishes: &Wishes, asked: &DraftWishes) -> Plan {
-    plan_with_draft(&shape("llama2-7b-q4_0"), wishes, &machine(text), &shape("qwen2-1.5b-q4_0"), asked).unwrap()
+    let draft = shape("qwen2-1.5b-q4_0");
+    let companions = Companions { draft: Some((&draft, *asked)), ..Companions::default() };
+    plan_with(&shape("llama2-7b-q4_0"), wishes, &machine(text), &companions).unwrap()
 }
 
 #[test]
@@ -354,7 +356,8 @@ fn a_draft_model_goes_where_it_is_told_to() {
     assert_eq!(place(DraftPlace::Host, None), (None, 0));
     let (main, draft) = (shape("llama2-7b-q4_0"), shape("qwen2-1.5b-q4_0"));
     let nowhere = DraftWishes { place: DraftPlace::Device(2), ..DraftWishes::default() };
-    let problem = plan_with_draft(&main, &Wishes::default(), &machine(text), &draft, &nowhere).unwrap_err();
+    let companions = Companions { draft: Some((&draft, nowhere)), ..Companions::default() };
+    let problem = plan_with(&main, &Wishes::default(), &machine(text), &companions).unwrap_err();
     assert!(problem.to_string().contains("device-draft"), "{problem}");
 }
 

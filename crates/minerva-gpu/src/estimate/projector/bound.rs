@@ -8,6 +8,7 @@
 use super::encoder::{Layers, Norm, Rotary, Writer};
 use super::shape::{Encoder, Picture};
 use crate::estimate::graph::{Backend, Id, Op, reserve};
+use crate::estimate::model::product;
 use crate::gguf::{GgmlType, TensorInfo};
 
 /// Kinds that compute attention, or a part of it, with stored scores whatever is asked for.
@@ -40,10 +41,6 @@ fn positions(encoder: &Encoder, picture: Picture) -> u64 {
     } else {
         encoder.patches(picture).saturating_add(16)
     }
-}
-
-fn product(factors: &[u64]) -> u64 {
-    factors.iter().fold(1, |product: u64, &factor| product.saturating_mul(factor))
 }
 
 /// Scratch of the layers alone.

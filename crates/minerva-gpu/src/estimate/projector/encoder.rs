@@ -59,11 +59,7 @@ impl<'a> Writer<'a> {
     }
 
     fn add_weight(&mut self, tensor: &TensorInfo) -> Id {
-        let mut shape = [1; 4];
-        for (to, from) in shape.iter_mut().zip(&tensor.dims) {
-            *to = *from;
-        }
-        self.graph.external(tensor.ggml_type, shape, HOME)
+        self.graph.external(tensor.ggml_type, tensor.shape(), HOME)
     }
 
     /// A weight outside the layers.

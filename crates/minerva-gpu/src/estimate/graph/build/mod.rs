@@ -379,11 +379,7 @@ impl<'a> Builder<'a> {
     }
 
     fn add_tensor(&mut self, tensor: &TensorInfo, home: Home) -> Id {
-        let mut shape = [1; 4];
-        for (to, from) in shape.iter_mut().zip(&tensor.dims) {
-            *to = *from;
-        }
-        self.graph.external(tensor.ggml_type, shape, home)
+        self.graph.external(tensor.ggml_type, tensor.shape(), home)
     }
 
     /// A product with a weight of layer `il`, its adapters and its bias, if the layer has that weight.
