@@ -53,7 +53,7 @@ pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_ser
 #[doc(hidden)]
 pub use sampler_chain::{ChainStage, SamplerChain};
 pub use saved::SavedState;
-pub use simulation::Simulation;
+pub use simulation::{Simulation, VocabSize};
 pub use speed::{BELIEVABLE_BYTES_PER_SECOND, DeviceSpeed, device_speed};
 pub use threads::ThreadPool;
 pub use trial::{TrialError, TrialStep, prepare_trial_process, try_device};

@@ -52,8 +52,15 @@ impl Model {
     }
 
     /// Reads the header and places every tensor, but makes no room for it: only its contexts' sizes can be asked for.
-    pub(crate) fn load_without_weights(path: &Path, params: &ModelParams) -> Result<Arc<Self>, LoadError> {
+    ///
+    /// `overrides` replace metadata of the file, up to the one with an empty key.
+    pub(crate) fn load_without_weights(
+        path: &Path,
+        params: &ModelParams,
+        overrides: &[sys::llama_model_kv_override],
+    ) -> Result<Arc<Self>, LoadError> {
         let mut raw = params.raw();
+        raw.params.kv_overrides = overrides.as_ptr();
         raw.params.no_alloc = true;
         raw.params.load_mode = sys::LLAMA_LOAD_MODE_NONE; // a mapping of the file is an allocation
         Self::load_raw(path, params, raw, &mut |_| ControlFlow::Continue(()))

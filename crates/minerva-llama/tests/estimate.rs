@@ -21,7 +21,8 @@ use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Wishes, plan};
 use minerva_gpu::synthetic;
 use minerva_llama::{
-    Adapter, Context, ContextParams, DeviceBytes, FlashAttention, KvType, Model, ModelParams, Simulation,
+    Adapter, Context, ContextParams, DeviceBytes, FlashAttention, KvType, LoadError, Model, ModelParams, Simulation,
+    VocabSize,
 };
 use rpc_worker::Worker;
 
@@ -137,7 +138,7 @@ fn check_model(name: &str, path: &Path, devices: &[usize], table: &mut Table) {
     }
     for (where_, placement) in &placements {
         let params = model_params(placement, devices);
-        let simulation = Simulation::load(path, &params).unwrap_or_else(|error| panic!("{name}, {where_}: {error}"));
+        let simulation = simulate(path, &params, &model).unwrap_or_else(|error| panic!("{name}, {where_}: {error}"));
         for case in cases().iter().filter(|case| exists(name, case)) {
             let start = Instant::now();
             let ours = estimate(&model, &case.settings, placement, &[DeviceTraits::RPC; 2], &HostTraits::default());
@@ -278,7 +279,7 @@ fn adapters_take_what_was_estimated() {
         }
         for (where_, placement) in &placements {
             let params = ModelParams { adapters: adapters.clone(), ..model_params(placement, &devices) };
-            let simulation = Simulation::load(&path, &params).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let simulation = simulate(&path, &params, &shape).unwrap_or_else(|error| panic!("{name}: {error}"));
             for (context, n_sequences, ubatch, flash) in
                 [(512, 1, 128, true), (4096, 8, 512, true), (4096, 1, 512, false)]
             {
@@ -301,6 +302,12 @@ fn adapters_take_what_was_estimated() {
     assert!(outside.is_empty(), "{outside:#?}");
 }
 
+/// As the engine does it.
+fn simulate(path: &Path, params: &ModelParams, shape: &ModelShape) -> Result<Simulation, LoadError> {
+    let vocab = VocabSize { architecture: &shape.architecture, n_tokens: shape.n_vocab };
+    Simulation::load_without_vocabulary(path, params, vocab)
+}
+
 fn real_model() -> PathBuf {
     std::env::var_os("MINERVA_TEST_MODEL").expect("run `cargo xtask setup` first: it fetches the test model").into()
 }
@@ -320,7 +327,7 @@ fn a_plan_for_a_70b_header_on_unequal_devices_fits_by_llama_cpps_own_figures() {
     println!("{one}");
     for rung in one.rungs.iter().filter(|rung| !rung.is_cpu()) {
         let params = model_params(&rung.placement, &devices);
-        let simulation = Simulation::load(&path, &params).expect("simulates");
+        let simulation = simulate(&path, &params, &model).expect("simulates");
         let context = ContextParams {
             n_ctx: rung.settings.context_tokens,
             n_ubatch: rung.settings.ubatch_tokens,
@@ -345,7 +352,7 @@ fn estimates_and_simulations_are_what_real_loads_take() {
     for layers in [&[0][..], &[15], &[31], &[10, 11], &[10, 21]] {
         let placement = Placement::split(&shape, layers);
         let params = ModelParams { use_mmap: false, ..model_params(&placement, &devices) };
-        let simulation = Simulation::load(&path, &params).expect("simulates");
+        let simulation = simulate(&path, &params, &shape).expect("simulates");
         let model = Model::load(&path, &params, &mut |_| ControlFlow::Continue(())).expect("loads");
         for (context, n_sequences, flash) in [(512, 1, true), (2048, 8, true), (2048, 4, false)] {
             let case = case(context, ("f16", GgmlType::F16, KvType::F16), n_sequences, 512, flash);

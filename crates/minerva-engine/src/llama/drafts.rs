@@ -14,7 +14,7 @@ use super::backend::LlamaBackend;
 use super::claims::{Claim, Owner};
 use super::ladder::{out_of_memory, total};
 use super::machine::n_threads;
-use super::placement::{Planned, kv_type};
+use super::placement::{self, Planned, kv_type};
 use super::{Report, progress, root_cause};
 use crate::backend::Loaded;
 use crate::config::{DraftConfig, EngineConfig};
@@ -118,8 +118,9 @@ pub(super) struct FittedDraft {
 
 /// A load without weights, for exact sizes.
 pub(super) fn simulate(config: &EngineConfig, planned: &Planned, load: &DraftLoad) -> Result<Simulation, LoadError> {
-    let draft = config.draft.as_ref().ok_or_else(|| setting("is missing".to_owned()))?;
-    Simulation::load(&draft.model_path, &model_params(config, planned, load))
+    let draft = config.draft.as_ref().zip(planned.draft.as_ref());
+    let (draft, shape) = draft.ok_or_else(|| setting("is missing".to_owned()))?;
+    placement::simulate(&draft.model_path, &model_params(config, planned, load), shape)
         .map_err(|error| setting(format!("cannot be loaded: {}", root_cause(&error))))
 }
 

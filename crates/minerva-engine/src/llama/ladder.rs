@@ -115,7 +115,8 @@ fn try_rung(
 ) -> Result<(Loaded, ModelInfo), Box<Failure>> {
     let failed = |error: LoadError| Box::new(Failure::of(error, planned, rung));
     let model_params = planned.model_params(config, rung);
-    let simulation = Simulation::load(&config.model_path, &model_params).map_err(|error| failed(error.into()))?;
+    let simulation =
+        placement::simulate(&config.model_path, &model_params, &planned.model).map_err(|error| failed(error.into()))?;
     let draft = rung.draft.as_ref().map(|load| drafts::simulate(config, planned, load)).transpose().map_err(failed)?;
     let simulations = (&simulation, draft.as_ref());
     let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, simulations);

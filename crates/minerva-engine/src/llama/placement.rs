@@ -1,11 +1,12 @@
 //! From a plan's rung to llama.cpp's parameters, and to what `/v1/status` says about it.
 
 use std::fmt::Display;
+use std::path::Path;
 
 use minerva_gpu::estimate::{LoadSettings, ModelShape, ProjectorShape};
 use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Companions, Plan, PlanError, PlanMachine, ProjectorWishes, Rung, Wishes, plan_with};
-use minerva_llama::{Adapter, ContextParams, DeviceBytes, ExtraBuffers, ModelParams};
+use minerva_llama::{Adapter, ContextParams, DeviceBytes, ExtraBuffers, ModelParams, Simulation, VocabSize};
 
 use super::drafts;
 use super::machine::{Machine, n_threads};
@@ -19,6 +20,7 @@ pub(super) struct Planned {
     pub(super) machine: Machine,
     pub(super) plan: Plan,
     pub(super) model: ModelShape,
+    pub(super) draft: Option<ModelShape>,
 }
 
 /// What plans are made of: the shapes of the model, of its draft model, and of a projector.
@@ -31,7 +33,7 @@ pub(super) struct Shapes {
 /// Plans for a machine that was looked at.
 pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
     let (shapes, plan) = plan_for(config, &machine.planned, None)?;
-    Ok(Planned { machine, plan, model: shapes.model })
+    Ok(Planned { machine, plan, model: shapes.model, draft: shapes.draft })
 }
 
 /// Reads the headers and plans.
@@ -93,6 +95,16 @@ impl Shapes {
         }
         Ok(plan)
     }
+}
+
+/// A load without weights and without the tokenizer, for exact sizes.
+pub(super) fn simulate(
+    path: &Path,
+    params: &ModelParams,
+    shape: &ModelShape,
+) -> Result<Simulation, minerva_llama::LoadError> {
+    let vocab = VocabSize { architecture: &shape.architecture, n_tokens: shape.n_vocab };
+    Simulation::load_without_vocabulary(path, params, vocab)
 }
 
 /// Reads a projector's header.
