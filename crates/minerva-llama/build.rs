@@ -29,6 +29,7 @@ fn main() {
         "shim/core.cpp",
         "shim/memory.cpp",
         "shim/chat.cpp",
+        "shim/hidden.cpp",
         "shim/resident.cpp",
         "shim/rpc.cpp",
         "shim/speed.cpp",

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use minerva_engine::{Engine, EngineConfig, KvType};
 use minerva_gpu::gguf::GgmlType;
 use minerva_gpu::plan::{Plan, Rung};
-use minerva_llama::{ContextParams, ExtraBuffers, ModelParams};
+use minerva_llama::{ContextKind, ContextParams, ExtraBuffers, ModelParams};
 use serde::Serialize;
 
 use super::bare::Bare;
@@ -132,6 +132,7 @@ impl Pair {
 fn context_params(config: &EngineConfig, rung: &Rung) -> anyhow::Result<ContextParams> {
     let (settings, threads) = (&rung.settings, super::default_threads());
     Ok(ContextParams {
+        kind: ContextKind::Model,
         n_ctx: settings.context_tokens,
         n_batch: settings.batch_tokens,
         n_ubatch: settings.ubatch_tokens,

@@ -25,6 +25,11 @@ pub trait Backend: Send {
     /// Scores after row `i` of the last step: shape `[n_vocab]`, before softmax. `None` if the row asked for no output.
     fn logits(&self, i: usize) -> Option<&[f32]>;
 
+    /// The hidden state after each row of the last step, for a head: shape `[n_rows, n_hidden]`. Empty where none are kept.
+    fn hidden(&mut self) -> &[f32] {
+        &[]
+    }
+
     /// Keeps the first `n_tokens` of `seq` and frees the rest. `false` when the memory cannot be cut there; the sequence
     /// is then empty.
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool;
@@ -49,6 +54,16 @@ pub trait Backend: Send {
     fn rewind(&mut self, _seq: SeqId, _state: &[u8], _n_tokens: u32) -> bool {
         false
     }
+}
+
+/// A model's head for multi-token prediction. It has sequences and cells as the model has.
+pub trait HeadBackend: Backend {
+    /// Computes the rows; `hidden` is the state after the token before each of them, the model's or the head's own: shape
+    /// `[n_rows, n_hidden]`. A sequence may begin at any position.
+    ///
+    /// # Errors
+    /// As [`decode`](Backend::decode).
+    fn decode_after(&mut self, rows: &[Row], hidden: &[f32]) -> Result<(), StepError>;
 }
 
 /// Text to tokens and back, shared by all threads.

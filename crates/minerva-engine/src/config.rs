@@ -85,6 +85,8 @@ pub struct EngineConfig {
     pub speculation: Speculation,
     /// A small model of the same vocabulary that writes ahead of the main one. It is given up before layers of the main model are.
     pub draft: Option<DraftConfig>,
+    /// How far that model, or the model's own head, writes ahead.
+    pub drafting: DraftingConfig,
     /// Low-rank adapters of the model, all of them used for every request.
     pub adapters: Vec<AdapterConfig>,
     /// Who shares the cells of equal beginnings.
@@ -133,6 +135,7 @@ impl Default for EngineConfig {
             trace_path: None,
             speculation: Speculation::Auto,
             draft: None,
+            drafting: DraftingConfig::default(),
             adapters: Vec::new(),
             cache_isolation: CacheIsolation::None,
             chat_template: None,
@@ -170,8 +173,8 @@ impl ProjectorConfig {
     }
 }
 
-/// A draft model and how much of it is used.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A draft model, and where it goes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DraftConfig {
     /// The GGUF file (the first one of a split model).
@@ -183,25 +186,23 @@ pub struct DraftConfig {
     pub n_gpu_layers: Option<u32>,
     /// KV cells of the draft model. `None`: as many as one sequence of the main model has, or all share.
     pub n_cells: Option<u32>,
+}
+
+/// How far a draft model, or the model's own head for multi-token prediction, writes ahead.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DraftingConfig {
     /// The most tokens of a guess; how many pay is found out.
     pub max_tokens: u32,
-    /// Where no guess of so many tokens has room, or the draft model is sure of fewer, there is none.
+    /// Where no guess of so many tokens has room, or whoever guesses is sure of fewer, there is none.
     pub min_tokens: u32,
     /// A token less likely than this ends a guess, 0 to 1.
     pub min_probability: f32,
 }
 
-impl Default for DraftConfig {
+impl Default for DraftingConfig {
     fn default() -> Self {
-        Self {
-            model_path: PathBuf::new(),
-            device: DeviceChoice::Auto,
-            n_gpu_layers: None,
-            n_cells: None,
-            max_tokens: 16,
-            min_tokens: 0,
-            min_probability: 0.5,
-        }
+        Self { max_tokens: 16, min_tokens: 0, min_probability: 0.5 }
     }
 }
 
@@ -210,7 +211,9 @@ impl DraftConfig {
     pub fn new(model_path: impl AsRef<Path>) -> Self {
         Self { model_path: model_path.as_ref().to_path_buf(), ..Self::default() }
     }
+}
 
+impl DraftingConfig {
     /// How long guesses may be.
     pub(crate) fn limits(&self) -> DraftLimits {
         DraftLimits { max_tokens: self.max_tokens, min_tokens: self.min_tokens }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DraftConfig, EngineConfig};
+use crate::config::EngineConfig;
 use crate::request::Request;
 use crate::scheduler::Policy;
 use crate::shared::QueueLimits;
@@ -36,9 +36,9 @@ pub enum Speculation {
     Off,
     /// What followed the same tokens earlier in the sequence, as long as it pays.
     Ngram,
-    /// What a draft model writes, as long as it pays.
+    /// What a draft model writes, or the model's own head for multi-token prediction, as long as it pays.
     Draft,
-    /// What followed the same tokens earlier, or else what a draft model writes if there is one.
+    /// What followed the same tokens earlier, or else what a draft model or the model's own head writes if there is one.
     #[default]
     Auto,
 }
@@ -49,7 +49,7 @@ impl Speculation {
         matches!(self, Self::Ngram | Self::Auto)
     }
 
-    /// Whether a draft model is asked, if there is one.
+    /// Whether a draft model or the model's own head is asked, if there is one.
     pub fn drafts(self) -> bool {
         matches!(self, Self::Draft | Self::Auto)
     }
@@ -72,7 +72,7 @@ impl Serving {
             policy: Policy {
                 max_itl_us: config.max_itl_ms.map(|ms| ms.saturating_mul(1000)),
                 guess: config.speculation.looks_up(),
-                draft: config.draft.as_ref().filter(|_| has_drafter).map(DraftConfig::limits),
+                draft: has_drafter.then(|| config.drafting.limits()),
                 max_checkpoints: config.max_checkpoints,
                 reservation: config.reservation,
                 host_cache_bytes: config.host_cache_bytes.unwrap_or_else(|| default_host_cache_bytes(info)),

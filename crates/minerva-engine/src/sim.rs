@@ -6,6 +6,7 @@
 
 mod brake;
 mod faults;
+mod head;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,13 +16,15 @@ use minerva_llama::SavedState;
 
 use crate::backend::{Backend, BackendLimits, Loaded, RenderedChat, Row, SeqId, StepError, Tokenizer};
 use crate::disk::Opened;
-use crate::drafter::{DraftSettings, Drafter, ModelDrafter};
+use crate::drafter::{DraftSettings, Drafter, ModelDrafter, followed};
 use crate::error::RequestError;
 use crate::request::{ChatMessage, TokenId};
 use crate::scheduler::{DraftLimits, Policy, Reservation};
 use crate::serving::{CacheIsolation, Serving, Speculation};
 use crate::shared::QueueLimits;
 use crate::status::{ModelInfo, Placement};
+
+use self::head::{SimHead, hidden_after};
 
 pub use self::brake::SimBrake;
 pub use self::faults::SimDisk;
@@ -127,11 +130,21 @@ pub struct SimDraft {
     pub max_tokens: u32,
     /// A shorter guess is none.
     pub min_tokens: u32,
+    /// It is no model of its own but the model's head, which follows it.
+    pub is_head: bool,
 }
 
 impl Default for SimDraft {
     fn default() -> Self {
-        Self { quality: 1.0, n_cells: None, step_us: 0, fails_at_step: None, max_tokens: 16, min_tokens: 0 }
+        Self {
+            is_head: false,
+            quality: 1.0,
+            n_cells: None,
+            step_us: 0,
+            fails_at_step: None,
+            max_tokens: 16,
+            min_tokens: 0,
+        }
     }
 }
 
@@ -198,7 +211,7 @@ impl Default for SimConfig {
 pub(crate) fn load(config: SimConfig) -> (Loaded, ModelInfo) {
     let backend = SimBackend::new(config);
     let limits = backend.limits();
-    let config = &backend.config;
+    let config = backend.config.clone();
     let info = ModelInfo {
         name: config.model_name.clone(),
         description: "simulator".to_owned(),
@@ -211,8 +224,21 @@ pub(crate) fn load(config: SimConfig) -> (Loaded, ModelInfo) {
         placement: Placement { device: "Cpu".to_owned(), device_name: "simulator".to_owned(), ..Placement::default() },
         ..ModelInfo::default()
     };
-    let drafter = config.draft.as_ref().filter(|_| config.speculation.drafts()).map(|draft| drafter(config, draft));
-    (Loaded { backend: Box::new(backend), tokenizer: Arc::new(SimTokenizer), drafter }, info)
+    let mut loaded = Loaded { backend: Box::new(backend), tokenizer: Arc::new(SimTokenizer), drafter: None };
+    match config.draft.as_ref().filter(|_| config.speculation.drafts()) {
+        Some(draft) if draft.is_head => {
+            let head = Box::new(SimHead::new(limits, draft));
+            let (backend, drafter) = followed(loaded.backend, head, draft_settings(draft));
+            loaded.backend = Box::new(backend);
+            loaded.drafter = Some(Box::new(drafter));
+        }
+        draft => loaded.drafter = draft.map(|draft| drafter(&config, draft)),
+    }
+    (loaded, info)
+}
+
+fn draft_settings(draft: &SimDraft) -> DraftSettings {
+    DraftSettings { min_probability: 0.0, min_tokens: draft.min_tokens, n_vocab: N_VOCAB, ends: vec![END] }
 }
 
 /// The draft model, over a simulator of its own: it panics too when a rule of llama.cpp is broken.
@@ -229,9 +255,7 @@ fn drafter(config: &SimConfig, draft: &SimDraft) -> Box<dyn Drafter> {
         ..config.clone()
     };
     let backend = SimBackend { quality: draft.quality, ..SimBackend::new(draft_config) };
-    let settings =
-        DraftSettings { min_probability: 0.0, min_tokens: draft.min_tokens, n_vocab: N_VOCAB, ends: vec![END] };
-    Box::new(ModelDrafter::new(Box::new(backend), settings))
+    Box::new(ModelDrafter::new(Box::new(backend), draft_settings(draft)))
 }
 
 /// Byte-level vocabulary.
@@ -315,9 +339,11 @@ impl SimSeq {
 
     /// A number that depends on every token.
     fn hash(&self) -> u64 {
-        self.tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
-            (hash ^ u64::from(token.cast_unsigned())).wrapping_mul(0x0100_0000_01b3)
-        })
+        self.tokens.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| Self::hash_with(hash, token))
+    }
+
+    fn hash_with(hash: u64, token: TokenId) -> u64 {
+        (hash ^ u64::from(token.cast_unsigned())).wrapping_mul(0x0100_0000_01b3)
     }
 
     /// The scores of all tokens; the likeliest one is right with a chance of `quality`.
@@ -350,6 +376,8 @@ struct SimBackend {
     seqs: Vec<SimSeq>,
     /// The scores of each row of the last step that asked for them.
     rows: Vec<Option<Vec<f32>>>,
+    /// The hidden state after each row, if there is a head.
+    hidden: Vec<f32>,
     n_steps: u64,
     /// The share of likeliest tokens that are right.
     quality: f32,
@@ -358,7 +386,7 @@ struct SimBackend {
 impl SimBackend {
     fn new(config: SimConfig) -> Self {
         let seqs = (0..config.n_seq_max).map(|_| SimSeq::default()).collect();
-        Self { config, seqs, rows: Vec::new(), n_steps: 0, quality: 1.0 }
+        Self { config, seqs, rows: Vec::new(), hidden: Vec::new(), n_steps: 0, quality: 1.0 }
     }
 
     fn n_window(&self) -> u32 {
@@ -400,12 +428,17 @@ impl Backend for SimBackend {
         assert!(rows.len() <= self.config.n_batch as usize, "a step of {} rows", rows.len());
         self.n_steps += 1;
         self.rows.clear();
+        self.hidden.clear();
+        let has_head = self.config.draft.as_ref().is_some_and(|draft| draft.is_head);
         for row in rows {
             let seq = &mut self.seqs[row.seq as usize];
             assert_eq!(seq.tokens.len(), row.pos as usize, "sequence {} has a gap", row.seq);
             assert!(row.pos < self.config.context_length_tokens, "sequence {} is too long", row.seq);
             seq.push(row.token, self.config.memory);
             self.rows.push(row.output.then(|| seq.logits(&self.config, self.quality)));
+            if has_head {
+                hidden_after(seq, &self.config, &mut self.hidden);
+            }
         }
         let held: usize = self.seqs.iter().map(|seq| seq.tokens.len()).sum();
         assert!(held <= self.limits().n_cells as usize, "{held} cells are in use");
@@ -417,6 +450,10 @@ impl Backend for SimBackend {
 
     fn logits(&self, i: usize) -> Option<&[f32]> {
         self.rows.get(i)?.as_deref()
+    }
+
+    fn hidden(&mut self) -> &[f32] {
+        &self.hidden
     }
 
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {

@@ -35,6 +35,11 @@ void mnv_leave_untouched(void);
 int mnv_model_load(const char * path, const struct llama_model_params * params, struct llama_model ** out, struct mnv_error * error);
 int mnv_context_new(struct llama_model * model, const struct llama_context_params * params, struct llama_context ** out, struct mnv_error * error);
 
+// From now on each step keeps the hidden state after each of its tokens, and room is made for that.
+int mnv_keep_hidden(struct llama_context * ctx, struct mnv_error * error);
+// Those of the last step in the order of its batch, until the next one. Null when none are kept.
+int mnv_hidden(struct llama_context * ctx, const float ** out, struct mnv_error * error);
+
 // `code` receives what llama_decode returned; it is set only with MNV_OK.
 int mnv_decode(struct llama_context * ctx, const struct llama_batch * batch, int32_t * code, struct mnv_error * error);
 int mnv_synchronize(struct llama_context * ctx, struct mnv_error * error);

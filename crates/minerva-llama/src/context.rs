@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{CallError, DecodeError, LoadError, call};
 use crate::model::LOADING;
-use crate::{Batch, ContextParams, Model, ThreadPool, log, sys};
+use crate::{Batch, ContextKind, ContextParams, Model, ThreadPool, log, sys};
 
 /// The KV cache and compute buffers of one [`Model`].
 #[doc(alias = "llama_context")]
@@ -15,6 +15,9 @@ pub struct Context {
     raw: NonNull<sys::llama_context>,
     /// Which tokens of the last decode have logits.
     outputs: Vec<i8>,
+    kind: ContextKind,
+    /// Width of a hidden state.
+    n_hidden: usize,
     n_batch: u32,
     n_ubatch: u32,
     n_seq_max: u32,
@@ -38,6 +41,9 @@ impl Context {
     /// [`LoadError::DeviceLost`] when an RPC server went away, [`LoadError::Call`] when memory for cells or buffers is missing, or the parameters do not fit the model.
     #[doc(alias = "llama_init_from_model")]
     pub fn new(model: &Arc<Model>, params: &ContextParams) -> Result<Self, LoadError> {
+        if params.kind == ContextKind::Head && !model.has_head() {
+            return Err(CallError::Argument("the model was loaded without a head".into()).into());
+        }
         let raw_params = params.raw();
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut raw = ptr::null_mut();
@@ -57,6 +63,8 @@ impl Context {
         let mut context = Self {
             raw,
             outputs: Vec::new(),
+            kind: params.kind,
+            n_hidden: model.n_hidden(),
             // SAFETY: a live context.
             n_batch: unsafe { sys::llama_n_batch(raw.as_ptr()) },
             // SAFETY: a live context.
@@ -74,6 +82,10 @@ impl Context {
         };
         context.attach_pools(params)?;
         context.model.adapters().use_in(raw)?;
+        if params.kind != ContextKind::Model {
+            // SAFETY: a live context that nobody computes with yet.
+            call(|error| unsafe { sys::mnv_keep_hidden(raw.as_ptr(), error) })?;
+        }
         Ok(context)
     }
 
@@ -103,6 +115,13 @@ impl Context {
         self.outputs.clear();
         if n_tokens == 0 {
             return Ok(());
+        }
+        if batch.n_hidden() != self.n_hidden_in() {
+            // It was made for another context.
+            return Err(DecodeError::InvalidBatch {
+                n_tokens,
+                reason: "the hidden states are those of another context".into(),
+            });
         }
         self.check_servers()?;
         let raw_batch = batch.raw();
@@ -149,6 +168,34 @@ impl Context {
         let row = NonNull::new(unsafe { sys::llama_get_logits_ith(self.raw.as_ptr(), index) })?;
         // SAFETY: a non-null row is `n_vocab` floats that stay put until the next `&mut self` call.
         Some(unsafe { slice::from_raw_parts(row.as_ptr(), self.model.n_vocab()) })
+    }
+
+    /// The hidden state after each token of the last [`decode`](Self::decode), whether or not it asked for output: shape
+    /// `[n_tokens, n_hidden]`. Empty for a context that keeps none.
+    pub fn hidden(&mut self) -> &[f32] {
+        let n = self.outputs.len() * self.n_hidden;
+        if self.kind == ContextKind::Model || n == 0 {
+            return &[];
+        }
+        let mut rows = ptr::null();
+        // SAFETY: a live context, which this thread has alone. Puts the rows into the order of the batch.
+        let done = call(|error| unsafe { sys::mnv_hidden(self.raw.as_ptr(), &raw mut rows, error) });
+        match NonNull::new(rows.cast_mut()) {
+            // SAFETY: the last step, which succeeded, left a row of `n_hidden` floats for each of its tokens; they stay put until the
+            // next `&mut self` call.
+            Some(rows) if done.is_ok() => unsafe { slice::from_raw_parts(rows.as_ptr(), n) },
+            _ => &[],
+        }
+    }
+
+    /// Room on the host for the hidden states of a batch, which llama.cpp's own figures leave out, in bytes.
+    pub(crate) fn hidden_bytes(&self) -> u64 {
+        if self.kind == ContextKind::Model { 0 } else { 4 * self.n_hidden as u64 * u64::from(self.n_batch) }
+    }
+
+    /// Width of the hidden state that its batches have with each token: 0 unless it is a head's.
+    pub(crate) fn n_hidden_in(&self) -> usize {
+        if self.kind == ContextKind::Head { self.n_hidden } else { 0 }
     }
 
     /// The model that this context runs.

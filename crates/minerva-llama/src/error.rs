@@ -128,6 +128,14 @@ pub enum BatchError {
         /// Sequences of the context.
         n_seq_max: u32,
     },
+    /// The hidden state is not one that the context takes with a token.
+    #[error("a hidden state of {given} numbers, the context takes {n_hidden}")]
+    Hidden {
+        /// Its width.
+        given: usize,
+        /// The width that the context takes, 0 unless it is a head's.
+        n_hidden: usize,
+    },
     /// The position is past the context of a sequence.
     #[error("position {pos} is past the {n_ctx_seq} cells of a sequence")]
     Position {

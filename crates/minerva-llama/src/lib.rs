@@ -46,7 +46,7 @@ pub use error::{BatchError, CallError, DecodeError, LoadError};
 pub use memory::DeviceBytes;
 pub use model::Model;
 pub use modules::{ModuleGroup, load_module, module_groups, module_score, use_modules};
-pub use params::{Adapter, ContextParams, FlashAttention, KvType, ModelParams};
+pub use params::{Adapter, ContextKind, ContextParams, FlashAttention, KvType, ModelParams};
 pub use repack::repacked_types;
 pub use rpc::{RpcError, RpcServer, RpcWorkerError, RpcWorkerOptions, add_rpc_server, has_rpc, serve_rpc};
 /// For tests and benchmarks of our own sampler.

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{CallError, call};
 use crate::{Context, SavedState, backend, sys};
 
+/// llama.cpp's name for what lies in the system's memory.
+pub(crate) const HOST: &str = "Host";
+
 /// Devices that one load can name: llama.cpp's own bound is 16, the host is one more.
 const MAX_DEVICES: usize = 32;
 
@@ -53,6 +56,9 @@ impl Context {
         // SAFETY: a live context; `out` has room for `n` entries.
         let mut taken = device_bytes(|out, n, error| unsafe { sys::mnv_context_memory(self.raw(), out, n, error) })?;
         self.model().adapters().add_to(&mut taken);
+        if let Some(host) = taken.iter_mut().find(|bytes| bytes.device == HOST) {
+            host.compute_bytes += self.hidden_bytes();
+        }
         Ok(taken)
     }
 

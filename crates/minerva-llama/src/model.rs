@@ -24,6 +24,7 @@ pub(crate) static LOADING: Mutex<()> = Mutex::new(());
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     n_vocab: usize,
+    has_head: bool,
     adapters: Adapters,
     /// The RPC servers that hold a part of it.
     links: Vec<Arc<Link>>,
@@ -108,7 +109,9 @@ impl Model {
         // SAFETY: a live model's vocabulary.
         let n_vocab = unsafe { sys::llama_vocab_n_tokens(vocab) };
         let n_vocab = usize::try_from(n_vocab).unwrap_or(0);
-        let mut model = Self { raw, n_vocab, adapters: Adapters::default(), links };
+        // SAFETY: a live model.
+        let has_head = params.with_head && unsafe { sys::llama_model_n_layer_nextn(raw.as_ptr()) } == 1;
+        let mut model = Self { raw, n_vocab, has_head, adapters: Adapters::default(), links };
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let adapters = Adapters::load(raw, &params.adapters, only_sizes);
         drop(guard);
@@ -140,6 +143,18 @@ impl Model {
     /// Tokens of the vocabulary, which is also the length of a row of logits.
     pub fn n_vocab(&self) -> usize {
         self.n_vocab
+    }
+
+    /// Whether it was loaded with a head for multi-token prediction.
+    pub fn has_head(&self) -> bool {
+        self.has_head
+    }
+
+    /// Width of the hidden state after each token, as a head takes it.
+    #[doc(alias = "llama_model_n_embd_out")]
+    pub fn n_hidden(&self) -> usize {
+        // SAFETY: the model is live.
+        usize::try_from(unsafe { sys::llama_model_n_embd_out(self.raw.as_ptr()) }).unwrap_or(0)
     }
 
     /// The context the model was trained for, in tokens.

@@ -23,6 +23,8 @@ pub struct ModelParams {
     pub use_mmap: bool,
     /// Low-rank adapters, which every context of the model computes with.
     pub adapters: Vec<Adapter>,
+    /// Load the head that predicts a further token too, if the file has one ([`ContextKind::Head`]).
+    pub with_head: bool,
 }
 
 /// A low-rank adapter (LoRA), and how much of it.
@@ -44,6 +46,7 @@ impl Default for ModelParams {
             use_extra_buffers: true,
             use_mmap: true,
             adapters: Vec::new(),
+            with_head: false,
         }
     }
 }
@@ -84,6 +87,7 @@ impl ModelParams {
         params.n_gpu_layers = i32::try_from(self.n_gpu_layers).unwrap_or(i32::MAX);
         params.load_mode = if self.use_mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
         params.use_extra_bufts = self.use_extra_buffers;
+        params.load_mtp = self.with_head;
         if split.iter().any(|&share| share > 0.0) {
             split.resize(MAX_DEVICES, 0.0);
             params.tensor_split = split.as_ptr();
@@ -155,9 +159,25 @@ impl KvType {
     }
 }
 
+/// What a context computes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ContextKind {
+    /// The model.
+    #[default]
+    Model,
+    /// The model, whose hidden state after each token can be read ([`Context::hidden`](crate::Context::hidden)).
+    ModelWithHidden,
+    /// The model's own head for multi-token prediction (MTP, NextN): from the hidden state after a token and the token that follows,
+    /// the scores of the one after that. It has cells of its own, for its one layer. llama.cpp ends the process where a file lacks what
+    /// its head needs: look at the header first, as `minerva_gpu::estimate::HeadShape::of` does.
+    Head,
+}
+
 /// How to make a context.
 #[derive(Debug, Clone)]
 pub struct ContextParams {
+    /// What it computes.
+    pub kind: ContextKind,
     /// KV cells of all sequences together.
     pub n_ctx: u32,
     /// The most tokens of one batch.
@@ -185,6 +205,7 @@ pub struct ContextParams {
 impl Default for ContextParams {
     fn default() -> Self {
         Self {
+            kind: ContextKind::Model,
             n_ctx: 4096,
             n_batch: 2048,
             n_ubatch: 512,
@@ -205,6 +226,9 @@ impl ContextParams {
         let threads = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
         // SAFETY: returns a plain struct.
         let mut raw = unsafe { sys::llama_context_default_params() };
+        if self.kind == ContextKind::Head {
+            raw.ctx_type = sys::LLAMA_CONTEXT_TYPE_MTP;
+        }
         raw.n_ctx = self.n_ctx;
         raw.n_batch = self.n_batch;
         raw.n_ubatch = self.n_ubatch;

@@ -4,10 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::LoadError;
+use crate::memory::HOST;
 use crate::{Context, ContextParams, DeviceBytes, Model, ModelParams, backend, sys};
-
-/// llama.cpp's name for what lies in the system's memory.
-const HOST: &str = "Host";
 
 /// A model without weights. Any number of contexts can be measured on it, about a millisecond each.
 #[derive(Debug)]

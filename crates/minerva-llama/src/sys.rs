@@ -60,6 +60,8 @@ unsafe extern "C" {
         out: *mut *mut llama_context,
         error: *mut mnv_error,
     ) -> c_int;
+    pub fn mnv_keep_hidden(ctx: *mut llama_context, error: *mut mnv_error) -> c_int;
+    pub fn mnv_hidden(ctx: *mut llama_context, out: *mut *const f32, error: *mut mnv_error) -> c_int;
     pub fn mnv_decode(
         ctx: *mut llama_context,
         batch: *const llama_batch,

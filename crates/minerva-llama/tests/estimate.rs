@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 mod rpc_worker;
 
 use minerva_gpu::estimate::{
-    DeviceLoad, DeviceTraits, Estimate, HostTraits, LoadSettings, ModelShape, Placement, estimate,
+    DeviceLoad, DeviceTraits, Estimate, HeadShape, HostTraits, LoadSettings, ModelShape, Placement, estimate,
 };
 use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Wishes, plan};
 use minerva_gpu::synthetic;
 use minerva_llama::{
-    Adapter, Context, ContextParams, DeviceBytes, FlashAttention, KvType, LoadError, Model, ModelParams, Simulation,
-    VocabSize,
+    Adapter, Context, ContextKind, ContextParams, DeviceBytes, FlashAttention, KvType, LoadError, Model, ModelParams,
+    Simulation, VocabSize,
 };
 use rpc_worker::Worker;
 
@@ -293,6 +293,54 @@ fn adapters_take_what_was_estimated() {
                     let params = ModelParams { use_mmap: false, ..params.clone() };
                     let model = Model::load(&path, &params, &mut |_| ControlFlow::Continue(())).expect("loads");
                     check_real(&model, &case, (&ours, &theirs), (1 << 20, 1 << 20), where_);
+                }
+            }
+        }
+    }
+    table.print();
+    let outside: Vec<&str> = table.rows.iter().filter(|row| row.miss > 1.0).map(|row| row.line.as_str()).collect();
+    assert!(outside.is_empty(), "{outside:#?}");
+}
+
+#[test]
+fn heads_take_what_was_estimated() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let worker = Worker::start();
+    let devices = worker.add();
+    let mut table = Table::default();
+    for name in synthetic::NAMES_WITH_HEAD {
+        let path = dir.path().join(format!("{name}.gguf"));
+        synthetic::shape(name).expect("known").write_header_only(&path).expect("written");
+        let shape = ModelShape::of(&Header::open(&path).expect("a header")).expect("a shape");
+        let HeadShape { model, head } = HeadShape::of(&shape).expect("a head");
+        let all = shape.n_layers_all + 1;
+        for (where_, n_layers) in [("host", 0), ("half", all / 2), ("all", all)] {
+            let placement = Placement::split(&shape, &[n_layers]);
+            let of_head = Placement::split(&head, &[if n_layers > 0 { 2 } else { 0 }]);
+            let params = ModelParams { with_head: true, ..model_params(&placement, &devices) };
+            let simulation = simulate(&path, &params, &shape).unwrap_or_else(|error| panic!("{name}: {error}"));
+            for (context, n_sequences, ubatch, flash) in
+                [(512, 1, 128, true), (4096, 8, 512, true), (4096, 1, 512, false)]
+            {
+                let case = case(context, ("f16", GgmlType::F16, KvType::F16), n_sequences, ubatch, flash);
+                let (traits, host) = ([DeviceTraits::RPC], HostTraits::default());
+                let ours = estimate(&model, &case.settings, &placement, &traits, &host);
+                let of_head = estimate(&head, &case.settings, &of_head, &traits, &host);
+                let with = |kind| ContextParams { kind, ..case.params.clone() };
+                let theirs = simulation.memory_bytes(&with(ContextKind::ModelWithHidden)).expect("measures");
+                let theirs_of_head = simulation.memory_bytes(&with(ContextKind::Head)).expect("measures");
+                let ours = ours.devices.iter().chain([&ours.host]);
+                let of_head = of_head.devices.iter().chain([&of_head.host]);
+                for (((ours, of_head), theirs), theirs_of_head) in ours.zip(of_head).zip(&theirs).zip(&theirs_of_head) {
+                    // Its weights are loaded with the model's.
+                    let ours = DeviceLoad { weights_bytes: ours.weights_bytes + of_head.weights_bytes, ..*ours };
+                    table.rows.push(row(&format!("{name} | {where_} | {}", case.label), &ours, theirs));
+                    let of_head = DeviceLoad { weights_bytes: ours.weights_bytes, ..*of_head };
+                    table.rows.push(row(
+                        &format!("{name}, head | {where_} | {}", case.label),
+                        &of_head,
+                        theirs_of_head,
+                    ));
                 }
             }
         }

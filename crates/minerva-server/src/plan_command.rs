@@ -128,6 +128,7 @@ fn rung_as_json(rung: &Rung) -> Value {
         "host": load(&rung.estimate.host),
         "speed": rung.speed,
         "draft": rung.draft.as_ref().map(|draft| json!({
+            "is_head": draft.is_head,
             "device": draft.device,
             "n_gpu_layers": draft.placement.n_gpu_layers(),
             "n_layers_total": draft.placement.n_layers_total(),

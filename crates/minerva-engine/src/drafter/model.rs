@@ -10,10 +10,9 @@
 
 use std::time::Instant;
 
-use super::{Draft, DraftError, Drafted, Drafter, Wish};
+use super::{Draft, DraftError, DraftSettings, Drafted, Drafter, Wish, sure_token};
 use crate::backend::{Backend, BackendLimits, Row, SeqId};
 use crate::request::TokenId;
-use crate::sampler::likeliest;
 use crate::scheduler::common;
 
 /// Up to so many tokens that are new since the last guess are computed in its first round; more is catching up.
@@ -28,19 +27,6 @@ pub struct ModelDrafter {
     clock: u64,
     settings: DraftSettings,
     rows: Vec<Row>,
-}
-
-/// How a draft model is used.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DraftSettings {
-    /// A token less likely than this ends a guess.
-    pub min_probability: f32,
-    /// A shorter guess is none.
-    pub min_tokens: u32,
-    /// Tokens of the main model's vocabulary: the draft model may have a few more.
-    pub n_vocab: usize,
-    /// Tokens that nothing follows.
-    pub ends: Vec<TokenId>,
 }
 
 #[derive(Debug, Default)]
@@ -183,10 +169,8 @@ impl ModelDrafter {
                 lost = true;
                 return false;
             };
-            let n_vocab = self.settings.n_vocab.min(logits.len());
-            let sure = likeliest(&logits[..n_vocab]).filter(|(_, p)| *p >= self.settings.min_probability);
             let mut goes_on = false;
-            if let Some((token, _)) = sure {
+            if let Some(token) = sure_token(logits, &self.settings) {
                 going.guess.push(token);
                 goes_on = going.guess.len() < going.n_most && !self.settings.ends.contains(&token);
             }

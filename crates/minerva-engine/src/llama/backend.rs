@@ -5,7 +5,7 @@ use std::thread;
 use minerva_llama::{Batch, Context, DecodeError, DeviceBytes, SavedState};
 
 use super::claims::Claim;
-use crate::backend::{Backend, BackendLimits, Row, SeqId, StepError};
+use crate::backend::{Backend, BackendLimits, HeadBackend, Row, SeqId, StepError};
 
 /// A context and the batch that is filled anew for each step.
 pub(crate) struct LlamaBackend {
@@ -75,16 +75,11 @@ impl Backend for LlamaBackend {
     }
 
     fn decode(&mut self, rows: &[Row]) -> Result<(), StepError> {
-        self.batch.clear();
-        for row in rows {
-            self.batch
-                .push(row.token, row.pos, row.seq, row.output)
-                .map_err(|error| StepError { cache_unchanged: true, message: error.to_string() })?;
-        }
-        self.context.decode(&mut self.batch).map_err(|error: DecodeError| StepError {
-            cache_unchanged: error.cache_unchanged(),
-            message: error.to_string(),
-        })
+        self.decode_after(rows, &[])
+    }
+
+    fn hidden(&mut self) -> &[f32] {
+        self.context.hidden()
     }
 
     fn logits(&self, i: usize) -> Option<&[f32]> {
@@ -127,6 +122,23 @@ impl Backend for LlamaBackend {
             let _ = self.context.clear_seq(seq); // the sequence exists, and emptying it never fails
         }
         is_there
+    }
+}
+
+impl HeadBackend for LlamaBackend {
+    fn decode_after(&mut self, rows: &[Row], hidden: &[f32]) -> Result<(), StepError> {
+        self.batch.clear();
+        let n_hidden = hidden.len() / rows.len().max(1);
+        for (i, row) in rows.iter().enumerate() {
+            let state = &hidden[i * n_hidden..(i + 1) * n_hidden];
+            self.batch
+                .push_after(state, row.token, row.pos, row.seq, row.output)
+                .map_err(|error| StepError { cache_unchanged: true, message: error.to_string() })?;
+        }
+        self.context.decode(&mut self.batch).map_err(|error: DecodeError| StepError {
+            cache_unchanged: error.cache_unchanged(),
+            message: error.to_string(),
+        })
     }
 }
 

@@ -27,6 +27,11 @@ pub(super) fn claimed(owner: Owner) -> u64 {
 }
 
 impl Claim {
+    /// Of what somebody else has claimed.
+    pub(super) fn nothing() -> Self {
+        Self { parts: Vec::new() }
+    }
+
     /// Claims these parts unless `refuse` has a reason against it, which is given what the others hold of an owner. Nobody else
     /// claims in between.
     pub(super) fn unless<E>(

@@ -8,7 +8,7 @@ use minerva_gpu::DeviceChoice;
 use minerva_gpu::estimate::ModelShape;
 use minerva_gpu::gguf::Header;
 use minerva_gpu::plan::{DraftLoad, DraftPlace, DraftWishes, PlanDeviceKind, PlanError, PlanMachine};
-use minerva_llama::{Context, ContextParams, DeviceBytes, ExtraBuffers, Model, ModelParams, Simulation};
+use minerva_llama::{Context, ContextKind, ContextParams, DeviceBytes, ExtraBuffers, Model, ModelParams, Simulation};
 
 use super::backend::LlamaBackend;
 use super::claims::{Claim, Owner};
@@ -87,6 +87,7 @@ fn model_params(config: &EngineConfig, planned: &Planned, load: &DraftLoad) -> M
         use_extra_buffers: config.use_extra_buffers && minerva_llama::extra_buffers() == ExtraBuffers::Usable,
         use_mmap: config.use_mmap,
         adapters: Vec::new(),
+        with_head: false,
     }
 }
 
@@ -95,6 +96,7 @@ fn context_params(config: &EngineConfig, planned: &Planned, load: &DraftLoad) ->
     let settings = &load.settings;
     let n_threads = n_threads(config, &planned.machine.gpu.machine().cpu);
     ContextParams {
+        kind: ContextKind::Model,
         n_ctx: settings.context_tokens,
         n_batch: settings.batch_tokens,
         n_ubatch: settings.ubatch_tokens,
@@ -109,11 +111,11 @@ fn context_params(config: &EngineConfig, planned: &Planned, load: &DraftLoad) ->
     }
 }
 
-/// A draft model whose exact size was compared with what is free, and whose room is claimed.
+/// A draft model or a head whose exact size was compared with what is free, and whose room is claimed.
 pub(super) struct FittedDraft {
-    context: ContextParams,
-    simulated: Vec<DeviceBytes>,
-    claim: Claim,
+    pub(super) context: ContextParams,
+    pub(super) simulated: Vec<DeviceBytes>,
+    pub(super) claim: Claim,
 }
 
 /// A load without weights, for exact sizes.
@@ -209,20 +211,28 @@ fn open(
         size_bytes: model.size_bytes(),
         n_gpu_layers: load.placement.n_gpu_layers(),
         n_cells: context.n_ctx,
-        memory: memory(planned, load, &simulated, &backend),
+        memory: memory(planned, load, &simulated, &backend.memory_bytes()),
     };
-    let settings = DraftSettings {
-        min_probability: draft.min_probability,
-        min_tokens: draft.min_tokens,
+    Ok((ModelDrafter::new(Box::new(backend), settings(config, loaded)), info))
+}
+
+/// How guesses are made.
+pub(super) fn settings(config: &EngineConfig, loaded: &Loaded) -> DraftSettings {
+    DraftSettings {
+        min_probability: config.drafting.min_probability,
+        min_tokens: config.drafting.min_tokens,
         n_vocab: loaded.backend.limits().n_vocab,
         ends: loaded.tokenizer.end_of_generation().to_vec(),
-    };
-    Ok((ModelDrafter::new(Box::new(backend), settings), info))
+    }
 }
 
 /// The plan's bytes beside those that the context really has.
-fn memory(planned: &Planned, load: &DraftLoad, simulated: &[DeviceBytes], backend: &LlamaBackend) -> Vec<DeviceMemory> {
-    let real = backend.memory_bytes();
+pub(super) fn memory(
+    planned: &Planned,
+    load: &DraftLoad,
+    simulated: &[DeviceBytes],
+    real: &[DeviceBytes],
+) -> Vec<DeviceMemory> {
     let device = load.device.map(|at| &planned.plan.devices[at]).map(|device| (device.total_bytes, device.free_bytes));
     let places = device.into_iter().chain([(planned.plan.host.total_bytes, planned.plan.host.free_bytes)]);
     let estimates = load.estimate.devices.iter().chain([&load.estimate.host]);

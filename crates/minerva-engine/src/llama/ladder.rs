@@ -10,7 +10,7 @@ use super::drafts::FittedDraft;
 use super::machine::Machine;
 use super::placement::Planned;
 use super::tuning::{self, Tuning};
-use super::{Report, drafts, load_weights, overhead, placement, progress, root_cause, start};
+use super::{Report, drafts, heads, load_weights, overhead, placement, progress, root_cause, start};
 use crate::backend::Loaded;
 use crate::config::EngineConfig;
 use crate::error::LoadError;
@@ -49,7 +49,7 @@ pub(super) fn climb_down(
         tracing::error!("{}", failure.text);
         let lower = &planned.plan.rungs[below];
         if loses_draft_only {
-            tracing::warn!("the draft model is given up");
+            tracing::warn!("{} is given up", if heads::of(rung).is_some() { "the head" } else { "the draft model" });
         } else if lower.is_cpu() {
             tracing::warn!("GPU OOM, falling back to CPU");
         } else {
@@ -98,9 +98,13 @@ fn fit<'a>(
         let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
         Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
     };
-    let claim = claim(planned, &rung, &simulated).map_err(no_room)?;
+    let head = heads::of(&rung).map(|_| heads::fit(simulation, &context)).transpose();
+    let head = head.map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
+    let of_both = (simulated.iter().enumerate())
+        .map(|(at, bytes)| total(bytes) + head.as_ref().and_then(|head| head.simulated.get(at)).map_or(0, total));
+    let claim = claim(planned, &rung, &of_both.collect::<Vec<_>>()).map_err(no_room)?;
     let draft = match draft.zip(rung.draft.as_ref()) {
-        None => None,
+        None => head,
         Some((simulation, load)) => Some(drafts::fit(&config, planned, load, simulation, &simulated).map_err(no_room)?),
     };
     Ok(Fitted { config, rung, context, simulated, claim, draft })
@@ -117,12 +121,13 @@ fn try_rung(
     let model_params = planned.model_params(config, rung);
     let simulation =
         placement::simulate(&config.model_path, &model_params, &planned.model).map_err(|error| failed(error.into()))?;
-    let draft = rung.draft.as_ref().map(|load| drafts::simulate(config, planned, load)).transpose().map_err(failed)?;
+    let draft = rung.draft.as_ref().filter(|load| !load.is_head);
+    let draft = draft.map(|load| drafts::simulate(config, planned, load)).transpose().map_err(failed)?;
     let simulations = (&simulation, draft.as_ref());
     let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, simulations);
     let with = |settings: &TunedSettings| {
         let machine = &planned.machine.planned;
-        let (config, rung) = tuning::tuned(config, &planned.model, machine, rung, settings)?;
+        let (config, rung) = tuning::tuned(config, planned.shapes(), machine, rung, settings)?;
         fit(config, rung, planned, simulations).ok()
     };
     let not_now = |settings: &TunedSettings, found: TuneReport| TuneReport {
@@ -161,7 +166,11 @@ fn try_rung(
     let status = Placement { tuning: found, ..planned.status(&config, &rung, &simulated) };
     let mut loaded = start(&config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
     if let Some((fitted, load)) = draft.zip(rung.draft.as_ref()) {
-        drafts::add(&config, planned, (load, fitted), &mut loaded, report).map_err(failed)?;
+        if load.is_head {
+            loaded = heads::add(&config, planned, &model, (load, fitted), loaded, report).map_err(failed)?;
+        } else {
+            drafts::add(&config, planned, (load, fitted), &mut loaded, report).map_err(failed)?;
+        }
     }
     progress(report, "ready", 1.0).map_err(failed)?;
     if let (Ok(before), Ok(after), false) = (free_before, planned.machine.gpu.estimate_memory(), rung.is_cpu()) {
@@ -174,17 +183,17 @@ fn try_rung(
     Ok(loaded)
 }
 
-/// Claims what llama.cpp says that the load takes, or has the guide's error when a device has less room now.
-fn claim(planned: &Planned, rung: &Rung, simulated: &[DeviceBytes]) -> Result<Claim, String> {
+/// Claims what llama.cpp says that the load takes on each device and on the host, or has the guide's error when a device has less room now.
+fn claim(planned: &Planned, rung: &Rung, needed_bytes: &[u64]) -> Result<Claim, String> {
     let positions = &planned.plan.given_positions[..rung.placement.n_devices()];
     let owners: Vec<Owner> = planned.machine.llama_indices(positions).into_iter().map(Owner::Device).collect();
     // The host comes last.
-    let parts = owners.iter().copied().chain([Owner::Host]).zip(simulated.iter().map(total)).collect();
+    let parts = owners.iter().copied().chain([Owner::Host]).zip(needed_bytes.iter().copied()).collect();
     Claim::unless(parts, |claimed| {
         let devices = planned.plan.devices.iter().zip(positions).zip(&owners);
-        let mut devices = devices.zip(simulated);
-        devices.find_map(|(((device, &position), &owner), bytes)| {
-            let (room, needed) = (planned.machine.room_now(position, claimed(owner)), total(bytes));
+        let mut devices = devices.zip(needed_bytes);
+        devices.find_map(|(((device, &position), &owner), &needed)| {
+            let room = planned.machine.room_now(position, claimed(owner));
             (needed > room).then(|| out_of_memory(device.limit_bytes, device.limit_bytes.saturating_sub(room), needed))
         })
     })

@@ -3,6 +3,7 @@
 mod backend;
 mod claims;
 mod drafts;
+mod heads;
 mod ladder;
 mod machine;
 mod overhead;
@@ -54,7 +55,7 @@ pub(crate) fn plan(
     projector: Option<&ProjectorConfig>,
 ) -> Result<(Plan, TuneReport), LoadError> {
     let (shapes, plan) = placement::plan_for(config, machine, projector)?;
-    Ok(tuning::planned(config, &shapes.model, machine, plan))
+    Ok(tuning::planned(config, (&shapes.model, shapes.head.as_ref()), machine, plan))
 }
 
 /// This machine, for a plan that people read: its speed is measured even where it decides nothing.

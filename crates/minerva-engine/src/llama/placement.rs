@@ -3,13 +3,15 @@
 use std::fmt::Display;
 use std::path::Path;
 
-use minerva_gpu::estimate::{LoadSettings, ModelShape, ProjectorShape};
+use minerva_gpu::estimate::{HeadShape, LoadSettings, ModelShape, ProjectorShape};
 use minerva_gpu::gguf::{GgmlType, Header};
 use minerva_gpu::plan::{Companions, Plan, PlanError, PlanMachine, ProjectorWishes, Rung, Wishes, plan_with};
-use minerva_llama::{Adapter, ContextParams, DeviceBytes, ExtraBuffers, ModelParams, Simulation, VocabSize};
+use minerva_llama::{
+    Adapter, ContextKind, ContextParams, DeviceBytes, ExtraBuffers, ModelParams, Simulation, VocabSize,
+};
 
-use super::drafts;
 use super::machine::{Machine, n_threads};
+use super::{drafts, heads};
 use crate::config::{AdapterConfig, EngineConfig, FlashAttention, KvType, ProjectorConfig};
 use crate::error::LoadError;
 use crate::status::{DeviceMemory, Placement};
@@ -21,19 +23,21 @@ pub(super) struct Planned {
     pub(super) plan: Plan,
     pub(super) model: ModelShape,
     pub(super) draft: Option<ModelShape>,
+    head: Option<HeadShape>,
 }
 
 /// What plans are made of: the shapes of the model, of its draft model, and of a projector.
 pub(super) struct Shapes {
     pub(super) model: ModelShape,
     draft: Option<ModelShape>,
+    pub(super) head: Option<HeadShape>,
     projector: Option<(ProjectorShape, ProjectorWishes)>,
 }
 
 /// Plans for a machine that was looked at.
 pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
     let (shapes, plan) = plan_for(config, &machine.planned, None)?;
-    Ok(Planned { machine, plan, model: shapes.model, draft: shapes.draft })
+    Ok(Planned { machine, plan, model: shapes.model, draft: shapes.draft, head: shapes.head })
 }
 
 /// Reads the headers and plans.
@@ -48,8 +52,9 @@ pub(super) fn plan_for(
         add_adapter(&mut model, adapter)?;
     }
     let draft = drafts::shape(config, &header)?;
+    let head = heads::shape(config, &model)?;
     let projector = projector.map(projector_shape).transpose()?;
-    let shapes = Shapes { model, draft, projector };
+    let shapes = Shapes { model, draft, head, projector };
     let model = &shapes.model;
     let wishes = config.wishes();
     if let Some(context) = wishes.context_tokens.filter(|&context| context > model.context_train_tokens) {
@@ -88,7 +93,8 @@ impl Shapes {
             Some((shape, asked)) => Some((shape, drafts::wishes(asked, config.device, machine)?)),
             None => None,
         };
-        let mut plan = plan_with(&self.model, wishes, machine, &Companions { draft, projector })?;
+        let mut plan =
+            plan_with(&self.model, wishes, machine, &Companions { draft, head: self.head.as_ref(), projector })?;
         if drafts.is_some() && draft.is_none() {
             let gave_up = "the draft model: what the main model computed along cannot be taken back";
             plan.rungs.iter_mut().for_each(|rung| rung.gave_up.push(gave_up.to_owned()));
@@ -116,6 +122,11 @@ fn projector_shape(projector: &ProjectorConfig) -> Result<(ProjectorShape, Proje
 }
 
 impl Planned {
+    /// The model, alone and with its head.
+    pub(super) fn shapes(&self) -> (&ModelShape, Option<&HeadShape>) {
+        (&self.model, self.head.as_ref())
+    }
+
     pub(super) fn model_params(&self, config: &EngineConfig, rung: &Rung) -> ModelParams {
         let n_devices = rung.placement.n_devices();
         ModelParams {
@@ -126,6 +137,7 @@ impl Planned {
             use_extra_buffers: config.use_extra_buffers && minerva_llama::extra_buffers() == ExtraBuffers::Usable,
             use_mmap: config.use_mmap,
             adapters: config.adapters.iter().map(Adapter::from).collect(),
+            with_head: heads::of(rung).is_some(),
         }
     }
 
@@ -134,6 +146,7 @@ impl Planned {
         let LoadSettings { context_tokens, n_sequences, batch_tokens, ubatch_tokens, .. } = *settings;
         let n_threads = n_threads(config, &self.machine.gpu.machine().cpu);
         ContextParams {
+            kind: if heads::of(rung).is_some() { ContextKind::ModelWithHidden } else { ContextKind::Model },
             n_ctx: context_tokens,
             n_batch: batch_tokens,
             n_ubatch: ubatch_tokens,

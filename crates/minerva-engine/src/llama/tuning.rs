@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minerva_gpu::CpuInfo;
-use minerva_gpu::estimate::{LoadSettings, ModelShape};
+use minerva_gpu::estimate::{HeadShape, LoadSettings, ModelShape};
 use minerva_gpu::plan::{Plan, PlanDeviceKind, PlanMachine, Rung, with_settings};
 use minerva_llama::{ContextParams, Model, Simulation};
 
@@ -51,7 +51,7 @@ pub(super) fn prepare(config: &EngineConfig, planned: &Planned, rung: &Rung) -> 
 /// The plan as a load would make it after an earlier one found better settings, and what was found.
 pub(super) fn planned(
     config: &EngineConfig,
-    model: &ModelShape,
+    shapes: (&ModelShape, Option<&HeadShape>),
     machine: &PlanMachine,
     mut plan: Plan,
 ) -> (Plan, TuneReport) {
@@ -64,7 +64,7 @@ pub(super) fn planned(
         }
         Tuning::Found(settings, report) => (settings, report),
     };
-    let rung = tuned(config, model, machine, plan.best(), &settings).map(|(_, rung)| rung.into_owned());
+    let rung = tuned(config, shapes, machine, plan.best(), &settings).map(|(_, rung)| rung.into_owned());
     match rung {
         Some(rung) => {
             plan.rungs[0] = rung;
@@ -147,7 +147,7 @@ fn key(
 /// The configuration and the rung with other settings, where they fit.
 pub(super) fn tuned<'a>(
     config: &'a EngineConfig,
-    model: &ModelShape,
+    (model, head): (&ModelShape, Option<&HeadShape>),
     machine: &PlanMachine,
     rung: &'a Rung,
     settings: &TunedSettings,
@@ -163,7 +163,7 @@ pub(super) fn tuned<'a>(
         ubatch_tokens: settings.n_ubatch,
         ..rung.settings.clone()
     };
-    let rung = with_settings(model, &config.wishes(), machine, rung, &load)?;
+    let rung = with_settings(model, &config.wishes(), machine, rung, &load, head)?;
     let config = EngineConfig {
         flash_attention: settings.flash_attention,
         kv_type_k: settings.kv_type_k,
@@ -198,8 +198,8 @@ pub(super) fn measure(
     let Subject { default, open, key } = subject;
     let budget = config.tune.budget();
     tracing::info!("Tuning: comparing settings for up to {:.0} s (once; `--tune=off` skips it)", budget.as_secs_f64());
-    let (shape, machine) = (&planned.model, &planned.machine.planned);
-    let fits = |settings: &TunedSettings| tuned(config, shape, machine, rung, settings).is_some();
+    let (shapes, machine) = (planned.shapes(), &planned.machine.planned);
+    let fits = |settings: &TunedSettings| tuned(config, shapes, machine, rung, settings).is_some();
     let mut is_cancelled = false;
     let mut ask = |fraction: f32| {
         let progress = LoadProgress { stage: "tune".to_owned(), fraction: FROM + (TO - FROM) * fraction };

@@ -3,7 +3,9 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use minerva_engine::{DraftConfig, Engine, EngineConfig, LoadError, Prompt, Request, SamplingParams, Speculation};
+use minerva_engine::{
+    DraftConfig, DraftingConfig, Engine, EngineConfig, LoadError, Prompt, Request, SamplingParams, Speculation,
+};
 use minerva_gpu::gguf::{Array, FileBuilder, GgmlType, Header, StringArray, Value};
 use tempfile::TempDir;
 
@@ -13,7 +15,9 @@ use crate::support::{ask, read, submit};
 const MIB: u64 = 1 << 20;
 
 fn load(draft: DraftConfig) -> Result<Engine, LoadError> {
-    let config = EngineConfig { speculation: Speculation::Draft, draft: Some(draft), ..config() };
+    // All of its guesses are taken, however little it is sure of them.
+    let drafting = DraftingConfig { min_probability: 0.0, ..DraftingConfig::default() };
+    let config = EngineConfig { speculation: Speculation::Draft, draft: Some(draft), drafting, ..config() };
     Engine::load(config, |_| ControlFlow::Continue(()))
 }
 
@@ -28,9 +32,7 @@ fn requests(n_tokens: u32) -> impl Iterator<Item = Request> {
 
 #[test]
 fn a_model_that_guesses_for_itself_is_right_and_changes_nothing() {
-    // All of its guesses are taken, however little it is sure of them.
-    let draft = DraftConfig { min_probability: 0.0, ..DraftConfig::new(config().model_path) };
-    let engine = load(draft).expect("it loads twice");
+    let engine = load(DraftConfig::new(config().model_path)).expect("it loads twice");
     for request in requests(64) {
         let with = ask(&engine, request.clone());
         let without = ask(&engine, Request { speculate: false, ..request });
@@ -108,8 +110,7 @@ fn refusal(path: &Path) -> String {
 #[test]
 fn a_small_model_without_sense_changes_nothing_and_is_soon_asked_no_more() {
     let dir = tempfile::tempdir().expect("a directory");
-    let draft = DraftConfig { min_probability: 0.0, ..DraftConfig::new(tiny(&dir, |_, _| {})) };
-    let engine = load(draft).expect("it loads");
+    let engine = load(DraftConfig::new(tiny(&dir, |_, _| {}))).expect("it loads");
     for request in requests(96) {
         let with = ask(&engine, request.clone());
         assert_eq!(with.choices, ask(&engine, Request { speculate: false, ..request }).choices);
@@ -168,7 +169,7 @@ fn a_draft_model_that_cannot_be_loaded_is_named_and_one_without_room_is_done_wit
 
 #[test]
 fn a_prompt_that_the_draft_model_has_no_cells_for_is_computed_without_it() {
-    let draft = DraftConfig { n_cells: Some(256), min_probability: 0.0, ..DraftConfig::new(config().model_path) };
+    let draft = DraftConfig { n_cells: Some(256), ..DraftConfig::new(config().model_path) };
     let engine = load(draft).expect("it loads");
     let prompt = Prompt::Tokens((1000..1300).collect());
     let answer = ask(&engine, Request { prompt, ignore_eos: true, ..Request::default() }.greedy().max_tokens(8));

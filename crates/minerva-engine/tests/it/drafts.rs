@@ -122,7 +122,8 @@ proptest! {
             unified, n_seq_max, cannot_cut, period_tokens, spread, n_batch: 64, speculation: Speculation::Off,
             ..SimConfig::default()
         };
-        let draft = SimDraft { quality, n_cells: Some(n_cells), fails_at_step, max_tokens, min_tokens, step_us: 0 };
+        let draft =
+            SimDraft { quality, n_cells: Some(n_cells), fails_at_step, max_tokens, min_tokens, ..SimDraft::default() };
         let engine = Engine::simulate(SimConfig { speculation, draft: Some(draft), ..plain.clone() });
         let mut random = Random::new(seed);
         let requests: Vec<_> = (0..6).map(|_| {

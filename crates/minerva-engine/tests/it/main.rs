@@ -11,6 +11,8 @@ mod dropping;
 mod ending;
 mod fairness;
 mod faults;
+mod head_model;
+mod heads;
 mod hints;
 mod isolation;
 mod output;

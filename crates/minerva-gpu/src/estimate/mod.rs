@@ -7,6 +7,7 @@
 mod adapter;
 mod cache;
 mod graph;
+mod head;
 mod model;
 mod placement;
 mod projector;
@@ -19,6 +20,7 @@ mod windows;
 use serde::{Deserialize, Serialize};
 
 pub use adapter::{AdapterError, MAX_ADAPTERS};
+pub use head::HeadShape;
 pub use model::ModelShape;
 pub use placement::Placement;
 pub use projector::{PictureSize, ProjectorEstimate, ProjectorSettings, ProjectorShape, estimate_projector};
@@ -135,7 +137,8 @@ pub fn estimate(
     for (load, bytes) in loads.iter_mut().zip(compute_bytes(model, settings, placement, &cache, &backends)) {
         load.compute_bytes = bytes;
     }
-    let host = loads.pop().unwrap_or_default();
+    let mut host = loads.pop().unwrap_or_default();
+    host.compute_bytes = host.compute_bytes.saturating_add(head::hidden_bytes(model, settings));
     Estimate { devices: loads, host }
 }
 

@@ -45,8 +45,12 @@ pub struct ModelShape {
     pub(super) n_expert_groups: u64,
     pub(super) n_groups_used: u64,
     pub(super) n_shared_kv_layers: u32,
+    /// Layers without experts before the others.
+    pub(super) n_dense_layers: u32,
     pub(super) outside: HashMap<String, TensorInfo>,
     pub(super) adapters: Adapters,
+    /// Hidden states are read for a head.
+    pub(super) keeps_hidden: bool,
     pub(super) flags: HashMap<&'static str, f32>,
 }
 
@@ -291,10 +295,12 @@ impl Reader<'_> {
             n_expert_groups: self.number("expert_group_count")?.unwrap_or(0).into(),
             n_groups_used: self.number("expert_group_used_count")?.unwrap_or(0).into(),
             n_shared_kv_layers: self.number("attention.shared_kv_layers")?.unwrap_or(0).min(n_layers_all - 1),
+            n_dense_layers: self.number("leading_dense_block_count")?.unwrap_or(0),
             flags: self.flags()?,
             layers,
             outside,
             adapters: Adapters::default(),
+            keeps_hidden: false,
         })
     }
 

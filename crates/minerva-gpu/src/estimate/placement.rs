@@ -78,6 +78,11 @@ impl Placement {
         self.n_gpu_layers() as usize == self.layers.len() + 1
     }
 
+    /// The device of a layer; `None` is the host.
+    pub(crate) fn device_of(&self, il: u32) -> Option<usize> {
+        Some(self.layer_backend(il)).filter(|&place| place < self.n_devices)
+    }
+
     pub(super) fn layer_backend(&self, il: u32) -> usize {
         self.layers.get(il as usize).copied().unwrap_or(self.n_devices)
     }

@@ -50,6 +50,7 @@ pub(super) struct Rounded {
     /// Cells of one stream.
     pub(super) stream_cells: u64,
     pub(super) n_streams: u64,
+    pub(super) batch_tokens: u64,
     pub(super) ubatch_tokens: u64,
     pub(super) n_sequences: u64,
     /// Tokens of the step that memory is reserved for: as many for each sequence.
@@ -74,6 +75,7 @@ impl LoadSettings {
         Rounded {
             stream_cells,
             n_streams,
+            batch_tokens: batch,
             ubatch_tokens,
             n_sequences,
             step_tokens: wanted.div_ceil(n_sequences) * n_sequences,

@@ -1,17 +1,19 @@
-//! What is loaded beside a model and shares its devices: a projector, a draft model. Neither costs the main model anything.
+//! What is loaded beside a model and shares its devices: a projector, a draft model or the model's own head. None of these costs the main model anything.
 
 use super::draft::{self, DraftWishes};
 use super::machine::PlanMachine;
 use super::projector::{self, ProjectorWishes};
 use super::search::Search;
 use super::{Plan, PlanError, Rung, Wishes, ladder, plan};
-use crate::estimate::{DeviceLoad, Estimate, ModelShape, ProjectorShape};
+use crate::estimate::{DeviceLoad, Estimate, HeadShape, ModelShape, ProjectorShape};
 
 /// What is to be loaded beside a model.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Companions<'a> {
     /// A draft model, and what the user fixed about it.
     pub draft: Option<(&'a ModelShape, DraftWishes)>,
+    /// The model's own head, if no draft model is to be loaded.
+    pub head: Option<&'a HeadShape>,
     /// A projector of images or sound, and what the user fixed about it.
     pub projector: Option<(&'a ProjectorShape, ProjectorWishes)>,
 }
@@ -33,6 +35,8 @@ pub fn plan_with(
     }
     if let Some((shape, asked)) = companions.draft {
         planned = draft::add(planned, Search::new(model, wishes, machine)?, shape, asked)?;
+    } else if let Some(HeadShape { model, head }) = companions.head {
+        planned = draft::add_head(planned, Search::new(model, wishes, machine)?, head);
     }
     Ok(planned)
 }

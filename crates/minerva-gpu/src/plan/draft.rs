@@ -1,4 +1,5 @@
-//! A draft model beside the main one: where it goes, what it takes, and that it is given up before anything of the main model is.
+//! A draft model beside the main one, or the model's own head: where it goes, what it takes, and that it is given up before anything of the
+//! main model is.
 
 use super::beside::{Guest, plan_beside, put_above};
 use super::search::Search;
@@ -44,39 +45,65 @@ pub struct DraftLoad {
     pub placement: Placement,
     /// Bytes on that device, and on the host.
     pub estimate: Estimate,
+    /// It is the main model's own head for multi-token prediction.
+    pub is_head: bool,
 }
 
 impl DraftLoad {
+    /// What it is called.
+    pub(super) fn name(&self) -> &'static str {
+        if self.is_head { "the head" } else { "the draft model" }
+    }
+
     pub(super) fn guest(&self) -> Guest<'_> {
         Guest { device: self.device, estimate: &self.estimate, maps_weights: true }
     }
 }
 
 /// Adds a draft model to a plan, on top of its rungs.
-pub(super) fn add(
-    mut alone: Plan,
-    mut search: Search<'_>,
-    draft: &ModelShape,
-    asked: DraftWishes,
-) -> Result<Plan, PlanError> {
+pub(super) fn add(alone: Plan, search: Search<'_>, draft: &ModelShape, asked: DraftWishes) -> Result<Plan, PlanError> {
+    let load = load(draft, asked, &search, alone.best())?;
+    Ok(put_beside(alone, search, load))
+}
+
+/// Adds the model's own head; the search is one for the model that keeps hidden states for it.
+pub(super) fn add_head(alone: Plan, search: Search<'_>, head: &ModelShape) -> Plan {
+    let load = load_of_head(head, &search, alone.best());
+    put_beside(alone, search, load)
+}
+
+fn put_beside(mut alone: Plan, mut search: Search<'_>, load: DraftLoad) -> Plan {
     if let Some(projector) = &alone.best().projector {
         search.reserve(projector.guest());
     }
-    let load = load(draft, asked, &search, alone.best())?;
-    let Some(beside) = plan_beside(search, load.guest(), alone.best()) else {
+    let head_layer = search.model.n_layers;
+    let beside = plan_beside(search, load.guest(), alone.best());
+    // A head is where its layer is.
+    let stays = |beside: &Plan| !load.is_head || beside.best().placement.device_of(head_layer) == load.device;
+    let Some(beside) = beside.filter(stays) else {
         let bytes = format_bytes(load.guest().total_bytes());
-        let gave_up = format!("the draft model: its {bytes} have no room beside the main model");
+        let gave_up = format!("{}: its {bytes} have no room beside the main model", load.name());
         alone.rungs.iter_mut().for_each(|rung| rung.gave_up.push(gave_up.clone()));
-        return Ok(alone);
+        return alone;
     };
     let (projector, gave_up) = (alone.best().projector.clone(), alone.best().gave_up.clone());
     let best = beside.rungs.into_iter().next().unwrap_or_else(|| alone.best().clone());
     let best = Rung { draft: Some(load), projector, gave_up, ..best };
     for rung in &mut alone.rungs {
-        rung.gave_up.push("the draft model".to_owned());
+        rung.gave_up.push(best.draft.as_ref().map_or("", DraftLoad::name).to_owned());
     }
     alone.largest_context_tokens = beside.largest_context_tokens;
-    Ok(put_above(best, alone))
+    put_above(best, alone)
+}
+
+/// A head is loaded with the model, and has sequences and cells as the model has.
+pub(super) fn load_of_head(head: &ModelShape, search: &Search<'_>, main: &Rung) -> DraftLoad {
+    let device = main.placement.device_of(search.model.n_layers);
+    let placement = Placement::split(head, device.map(|_| head.n_layers_all + 1).as_slice());
+    let traits: Vec<_> = device.iter().map(|&at| search.devices[at].kind.traits()).collect();
+    let settings = main.settings.clone();
+    let estimate = estimate(head, &settings, &placement, &traits, &search.host.traits);
+    DraftLoad { settings, device, placement, estimate, is_head: true }
 }
 
 fn load(draft: &ModelShape, asked: DraftWishes, search: &Search<'_>, main: &Rung) -> Result<DraftLoad, PlanError> {
@@ -110,5 +137,5 @@ fn load(draft: &ModelShape, asked: DraftWishes, search: &Search<'_>, main: &Rung
     let traits: Vec<_> = device.iter().map(|&at| search.devices[at].kind.traits()).collect();
     let host: &HostTraits = &search.host.traits;
     let estimate = estimate(draft, &settings, &placement, &traits, host);
-    Ok(DraftLoad { settings, device, placement, estimate })
+    Ok(DraftLoad { settings, device, placement, estimate, is_head: false })
 }

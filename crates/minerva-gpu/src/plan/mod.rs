@@ -28,7 +28,7 @@ pub use machine::{ParseMachineError, PlanDevice, PlanDeviceKind, PlanHost, PlanM
 pub use projector::{ProjectorLoad, ProjectorPlace, ProjectorWishes};
 pub use speed::Speed;
 
-use crate::estimate::{DeviceLoad, Estimate, LoadSettings, ModelShape, Placement};
+use crate::estimate::{DeviceLoad, Estimate, HeadShape, LoadSettings, ModelShape, Placement};
 use crate::gguf::GgmlType;
 use crate::memory::format_bytes;
 use beside::Guest;
@@ -107,7 +107,7 @@ pub struct Rung {
     pub estimate: Estimate,
     /// How fast it should be.
     pub speed: Speed,
-    /// The draft model beside it, if there is one.
+    /// The draft model beside it or its own head, if one writes ahead.
     pub draft: Option<DraftLoad>,
     /// The projector beside it, if there is one.
     pub projector: Option<ProjectorLoad>,
@@ -211,7 +211,7 @@ pub fn plan(model: &ModelShape, wishes: &Wishes, machine: &PlanMachine) -> Resul
 /// A rung of such a plan with other settings of the same load: as many cells and sequences, the same placement. `None` where that does
 /// not fit, or takes more of the host than Minerva takes by itself while the rung does not.
 ///
-/// The wishes and the machine are those that the rung was planned for; whether the settings are what the user wants is the
+/// The wishes, the machine and the head are those that the rung was planned for; whether the settings are what the user wants is the
 /// caller's to know.
 pub fn with_settings(
     model: &ModelShape,
@@ -219,6 +219,13 @@ pub fn with_settings(
     machine: &PlanMachine,
     rung: &Rung,
     settings: &LoadSettings,
+    head: Option<&HeadShape>,
 ) -> Option<Rung> {
-    search::Search::new(model, wishes, machine).ok()?.with_settings(rung, settings)
+    let Some(head) = head.filter(|_| rung.draft.as_ref().is_some_and(|load| load.is_head)) else {
+        return search::Search::new(model, wishes, machine).ok()?.with_settings(rung, settings);
+    };
+    let search = search::Search::new(&head.model, wishes, machine).ok()?;
+    let other = Rung { settings: settings.clone(), ..rung.clone() };
+    let draft = Some(draft::load_of_head(&head.head, &search, &other));
+    search.with_settings(&Rung { draft, ..rung.clone() }, settings)
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Plan, Rung};
+use super::{DraftLoad, Plan, Rung};
 use crate::estimate::{DeviceLoad, Estimate};
 use crate::memory::format_bytes;
 
@@ -85,7 +85,9 @@ fn beside(rung: &Rung, device: Option<usize>) -> impl Iterator<Item = (&'static 
     let draft = rung.draft.as_ref().and_then(|draft| {
         let (all, there) = (draft.placement.n_layers_total(), draft.placement.n_gpu_layers());
         let n_layers = if device.is_some() { there } else { all - there };
-        Some(("  and the draft model", Some(n_layers), on(draft.device, &draft.estimate)?))
+        let name = if draft.is_head { "  and the head" } else { "  and the draft model" };
+        let n_layers = (!draft.is_head).then_some(n_layers);
+        Some((name, n_layers, on(draft.device, &draft.estimate)?))
     });
     let projector = rung.projector.as_ref();
     let projector = projector.and_then(|load| Some(("  and the projector", None, on(load.device, &load.estimate)?)));
@@ -120,11 +122,12 @@ impl fmt::Display for Rung {
         } else {
             write!(f, "{layers} layers on devices: {}", format_bytes(on_devices))?;
         }
-        match (self.draft.is_some(), self.projector.as_ref().map(|projector| projector.device)) {
-            (true, Some(Some(_))) => write!(f, " with the draft model and the projector")?,
-            (true, _) => write!(f, " with the draft model")?,
-            (false, Some(Some(_))) => write!(f, " with the projector")?,
-            (false, _) => {}
+        let draft = self.draft.as_ref().map(DraftLoad::name);
+        let on_device = self.projector.as_ref().filter(|projector| projector.device.is_some());
+        match (draft, on_device.map(|_| "the projector")) {
+            (Some(draft), Some(projector)) => write!(f, " with {draft} and {projector}")?,
+            (Some(name), None) | (None, Some(name)) => write!(f, " with {name}")?,
+            (None, None) => {}
         }
         let n_experts = self.placement.expert_layers_on_host().len();
         if n_experts > 0 && !self.is_cpu() {

@@ -168,10 +168,10 @@ fn other_settings_keep_a_rungs_places_and_must_fit_there() {
     let (model, wishes) = (shape("llama2-7b-q4_0"), Wishes { n_sequences: Some(1), ..Wishes::default() });
     let roomy = machine("cuda:24GiB,ram:32GiB");
     let rung = plan(&model, &wishes, &roomy).unwrap().best().clone();
-    let same = with_settings(&model, &wishes, &roomy, &rung, &rung.settings).unwrap();
+    let same = with_settings(&model, &wishes, &roomy, &rung, &rung.settings, None).unwrap();
     assert_eq!(same, rung);
     let without = LoadSettings { flash_attention: false, ..rung.settings.clone() };
-    let without = with_settings(&model, &wishes, &roomy, &rung, &without).unwrap();
+    let without = with_settings(&model, &wishes, &roomy, &rung, &without, None).unwrap();
     assert_eq!((&without.placement, without.context_tokens), (&rung.placement, rung.context_tokens));
     let bytes = |rung: &Rung| rung.estimate.devices[0].total_bytes();
     assert!(bytes(&without) > bytes(&rung), "scores are stored");
@@ -180,16 +180,16 @@ fn other_settings_keep_a_rungs_places_and_must_fit_there() {
     tight.devices[0].limit_bytes = bytes(&rung) + tight.devices[0].overhead_bytes;
     tight.devices[0].free_bytes = tight.devices[0].limit_bytes;
     tight.devices[0].total_bytes = tight.devices[0].limit_bytes;
-    assert_eq!(with_settings(&model, &wishes, &tight, &rung, &without.settings), None);
+    assert_eq!(with_settings(&model, &wishes, &tight, &rung, &without.settings, None), None);
 
     // On the host alone what is allocated must be there, and the share holds.
     let host = machine("ram:64GiB");
     let on_cpu = plan(&model, &wishes, &host).unwrap().best().clone();
     let wide = LoadSettings { cache_type_k: GgmlType::F32, cache_type_v: GgmlType::F32, ..on_cpu.settings.clone() };
-    assert!(with_settings(&model, &wishes, &host, &on_cpu, &wide).is_some());
+    assert!(with_settings(&model, &wishes, &host, &on_cpu, &wide, None).is_some());
     let mut full = host.clone();
     full.host.free_bytes = 1 << 30;
-    assert_eq!(with_settings(&model, &wishes, &full, &on_cpu, &wide), None);
+    assert_eq!(with_settings(&model, &wishes, &full, &on_cpu, &wide, None), None);
 }
 
 #[test]
@@ -366,9 +366,76 @@ fn projector(name: &str) -> ProjectorShape {
     ProjectorShape::of(&Header::parse(&file.header_bytes(), file.file_bytes()).unwrap()).unwrap()
 }
 
+fn with_head(text: &str, wishes: &Wishes) -> (HeadShape, Plan) {
+    let model = shape("deepseek2-mtp-q4_0");
+    let head = HeadShape::of(&model).expect("a head");
+    let companions = Companions { head: Some(&head), ..Companions::default() };
+    let plan = plan_with(&model, wishes, &machine(text), &companions).unwrap();
+    (head, plan)
+}
+
+#[test]
+fn a_head_is_part_of_the_plan_where_its_layer_is() {
+    let (head, plan) = with_head("cuda:24GiB,ram:32GiB", &Wishes::default());
+    let (best, next) = (plan.best(), &plan.rungs[1]);
+    let load = best.draft.as_ref().expect("it fits");
+    assert!(load.is_head && load.device == Some(0) && load.settings == best.settings, "{load:?}");
+    let weights = load.estimate.devices[0].weights_bytes;
+    assert!(weights > 300 << 20 && load.estimate.devices[0].cache_bytes > 0, "one layer of experts: {weights}");
+    assert!(best.device_bytes(0) <= plan.devices[0].budget_bytes());
+    assert!(next.draft.is_none() && next.placement == best.placement, "no layer goes before it does");
+    assert!(plan.to_string().contains("and the head") && best.to_string().contains("with the head"), "{plan}");
+    // On the host with everything else, and on the device that has its layer.
+    for (text, wishes) in [
+        ("ram:64GiB", Wishes::default()),
+        (
+            "cuda:12GiB,cuda:6GiB,ram:32GiB",
+            Wishes { n_sequences: Some(1), context_tokens: Some(4096), ..Wishes::default() },
+        ),
+        ("cuda:6GiB,ram:64GiB", Wishes { gpu_layers: Some(4), ..Wishes::default() }),
+    ] {
+        let (_, plan) = with_head(text, &wishes);
+        let best = plan.best();
+        let load = best.draft.as_ref().unwrap_or_else(|| panic!("{text}: {plan}"));
+        assert_eq!(load.device, best.placement.device_of(head.model.n_layers), "{text}");
+        for (at, device) in plan.devices.iter().enumerate() {
+            assert!(best.device_bytes(at) <= device.budget_bytes(), "{text}: {plan}");
+        }
+    }
+    // Other settings of the same load are other settings of the head.
+    let machine = machine("cuda:24GiB,ram:32GiB");
+    let model = shape("deepseek2-mtp-q4_0");
+    let other = LoadSettings { ubatch_tokens: 256, ..best.settings.clone() };
+    let changed = with_settings(&model, &Wishes::default(), &machine, best, &other, Some(&head)).unwrap();
+    let changed = changed.draft.expect("it stays");
+    assert_eq!(changed.settings.ubatch_tokens, 256);
+    assert!(changed.estimate.devices[0].compute_bytes < load.estimate.devices[0].compute_bytes);
+}
+
+#[test]
+fn heads_that_llama_cpp_cannot_compute_are_not_used() {
+    let head_of = |change: &dyn Fn(&mut crate::gguf::FileBuilder)| {
+        let mut file = synthetic::shape_with_layers("glm4moe-106b-mtp-q4_0", 3).unwrap();
+        change(&mut file);
+        let header = Header::parse(&file.header_bytes(), file.file_bytes()).unwrap();
+        HeadShape::of(&ModelShape::of(&header).unwrap())
+    };
+    assert!(head_of(&|_| {}).is_some());
+    assert!(head_of(&|file| _ = file.set("glm4moe.nextn_predict_layers", 2_u32)).is_none(), "two of them");
+    assert!(head_of(&|file| _ = file.set("glm4moe.nextn_predict_layers", 0_u32)).is_none());
+    assert!(head_of(&|file| _ = file.set("glm4moe.leading_dense_block_count", 3_u32)).is_none(), "no experts are read");
+    assert!(HeadShape::of(&shape("glm4moe-106b-q4_0")).is_none());
+    assert!(HeadShape::of(&shape("llama2-7b-q4_0")).is_none());
+    // llama.cpp takes a DeepSeek of these many layers for one that does not compress queries.
+    let lite = synthetic::shape_with_layers("deepseek2-mtp-q4_0", 28).unwrap();
+    let lite = ModelShape::of(&Header::parse(&lite.header_bytes(), lite.file_bytes()).unwrap()).unwrap();
+    assert!(HeadShape::of(&lite).is_none());
+}
+
 fn with_projector(text: &str, wishes: &Wishes, place: ProjectorPlace, draft: bool) -> Plan {
     let (draft_shape, projector) = (shape("qwen2-1.5b-q4_0"), projector("mmproj-gemma3"));
     let companions = Companions {
+        head: None,
         draft: draft.then_some((&draft_shape, DraftWishes::default())),
         projector: Some((&projector, ProjectorWishes { place, ..ProjectorWishes::default() })),
     };

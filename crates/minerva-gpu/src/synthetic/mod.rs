@@ -5,12 +5,14 @@
 //! memory and speed, never for quality.
 
 mod adapters;
+mod chain;
 mod encoders;
 mod projectors;
 mod recurrent;
 mod transformers;
 
 pub use adapters::adapter;
+pub use chain::{ChainHead, following_in_chain, write_chain};
 pub use projectors::{PROJECTOR_NAMES, projector, projector_with_layers};
 
 use crate::gguf::{Array, FileBuilder, GgmlType, Value};
@@ -41,7 +43,10 @@ pub const NAMES: [&str; 22] = [
     "nomic-bert-f16",
 ];
 
-/// The header of a named shape; `None` for a name that is not in [`NAMES`].
+/// Names of shapes with a head for multi-token prediction, which [`shape`] knows too.
+pub const NAMES_WITH_HEAD: [&str; 2] = ["glm4moe-106b-mtp-q4_0", "deepseek2-mtp-q4_0"];
+
+/// The header of a named shape; `None` for a name that is not in [`NAMES`] or [`NAMES_WITH_HEAD`].
 pub fn shape(name: &str) -> Option<FileBuilder> {
     build(name, None)
 }

@@ -63,7 +63,17 @@ pub(super) fn shape(name: &str, n_layers: Option<u32>) -> Option<FileBuilder> {
         "glm4moe-106b-q4_0" => {
             glm4moe(sizes("glm4moe", Q4_0, [46, 4096, 10944], [96, 8, 128], (151_552, false)), 128, 8, 1408)
         }
-        "deepseek2-lite-q4_0" => deepseek2(sizes("deepseek2", Q4_0, [27, 2048, 10944], [16, 1, 576], (102_400, false))),
+        "glm4moe-106b-mtp-q4_0" => {
+            let sizes = sizes("glm4moe", Q4_0, [47, 4096, 10944], [96, 8, 128], (151_552, false));
+            with_head(glm4moe(sizes, 128, 8, 1408), sizes)
+        }
+        "deepseek2-lite-q4_0" => {
+            deepseek2(sizes("deepseek2", Q4_0, [27, 2048, 10944], [16, 1, 576], (102_400, false)), None)
+        }
+        "deepseek2-mtp-q4_0" => {
+            let sizes = sizes("deepseek2", Q4_0, [29, 2048, 10944], [16, 1, 576], (102_400, false));
+            with_head(deepseek2(sizes, Some(1536)), sizes)
+        }
         _ => return None,
     };
     Some(file)
@@ -218,7 +228,9 @@ fn glm4moe(sizes: Sizes, n_experts: u32, n_used: u32, n_ff_expert: u32) -> FileB
 }
 
 /// Compressed attention and shared experts.
-fn deepseek2(sizes: Sizes) -> FileBuilder {
+///
+/// Larger models compress queries too, to `q_rank` numbers.
+fn deepseek2(sizes: Sizes, q_rank: Option<u32>) -> FileBuilder {
     let (rank, n_rot, nope, head_v) = (512_u32, 64_u32, 128_u32, 128_u32);
     let (n_experts, n_used, n_ff_expert, n_shared) = (64_u32, 6_u32, 1408_u32, 2_u32);
     let mut draft = begin(sizes);
@@ -233,12 +245,21 @@ fn deepseek2(sizes: Sizes) -> FileBuilder {
     draft.key("expert_feed_forward_length", n_ff_expert);
     draft.key("leading_dense_block_count", 1_u32);
     draft.key("expert_weights_scale", 1.0_f32);
+    if let Some(q_rank) = q_rank {
+        draft.key("attention.q_lora_rank", q_rank);
+    }
     let (n_embd, n_heads) = (u64::from(sizes.n_embd), u64::from(sizes.n_heads));
     let [rank, n_rot, nope, head_v] = [rank, n_rot, nope, head_v].map(u64::from);
     for layer in 0..sizes.n_layers {
         let blk = |name: &str| format!("blk.{layer}.{name}.weight");
         draft.vector(&blk("attn_norm"), &[n_embd]);
-        draft.matrix(&blk("attn_q"), &[n_embd, n_heads * (nope + n_rot)]);
+        if let Some(q_rank) = q_rank {
+            draft.matrix(&blk("attn_q_a"), &[n_embd, q_rank.into()]);
+            draft.vector(&blk("attn_q_a_norm"), &[q_rank.into()]);
+            draft.matrix(&blk("attn_q_b"), &[q_rank.into(), n_heads * (nope + n_rot)]);
+        } else {
+            draft.matrix(&blk("attn_q"), &[n_embd, n_heads * (nope + n_rot)]);
+        }
         draft.matrix(&blk("attn_kv_a_mqa"), &[n_embd, rank + n_rot]);
         draft.vector(&blk("attn_kv_a_norm"), &[rank]);
         draft.matrix(&blk("attn_k_b"), &[nope, rank, n_heads]);
@@ -253,4 +274,21 @@ fn deepseek2(sizes: Sizes) -> FileBuilder {
         }
     }
     draft.file
+}
+
+/// A few experts beside a shared one in each layer, the last of which is a head.
+pub(super) fn small_with_head(n_layers: u32, n_embd: u32, n_vocab: u32) -> FileBuilder {
+    let sizes = sizes("glm4moe", GgmlType::F32, [n_layers, n_embd, n_embd], [2, 1, 64], (n_vocab, false));
+    with_head(glm4moe(sizes, 4, 2, n_embd), sizes)
+}
+
+/// Makes the last layer a head that predicts a further token.
+fn with_head(mut file: FileBuilder, sizes: Sizes) -> FileBuilder {
+    let (layer, n_embd) = (sizes.n_layers - 1, u64::from(sizes.n_embd));
+    file.set(&format!("{}.nextn_predict_layers", sizes.architecture), 1_u32);
+    file.add_tensor(&format!("blk.{layer}.nextn.eh_proj.weight"), sizes.matrix_type, &[2 * n_embd, n_embd]);
+    for name in ["enorm", "hnorm", "shared_head_norm"] {
+        file.add_tensor(&format!("blk.{layer}.nextn.{name}.weight"), GgmlType::F32, &[n_embd]);
+    }
+    file
 }

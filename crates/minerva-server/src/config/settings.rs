@@ -258,8 +258,8 @@ pub static SETTINGS: &[Setting] = &[
     setting("performance.speculation", "MINERVA_SPECULATION", "speculation", Kind::OneOf(&["off", "ngram", "draft", "auto"]),
         Initial::Text("auto"),
         "How the next tokens of a text are guessed, to be computed several at a time, as long as it pays. `ngram`: what followed the \
-        same tokens earlier in the text; `draft`: what the draft model writes; `auto`: the one, or else the other if there is a draft \
-        model. Guesses are kept only as far as sampling agrees with them."),
+        same tokens earlier in the text; `draft`: what a draft model writes, or without one the model's own head for multi-token \
+        prediction (MTP); `auto`: the one, or else the other if the model has it. Guesses are kept only as far as sampling agrees with them."),
     setting("performance.trace_file", "MINERVA_TRACE_FILE", "trace-file", Kind::Text, Initial::Unset,
         "Write down what is asked of the scheduler and what it answers, at most 4 GiB. Tokens are replaced by numbers that tell \
         nothing but which of them are equal. `cargo xtask replay FILE` runs it again."),
@@ -289,12 +289,12 @@ pub static SETTINGS: &[Setting] = &[
         "KV cells of the draft model. `auto`: as many as one sequence of the model may have, or with one pool of cells as many as \
         all share. A text that is longer gets no drafts.").dash("cd"),
     setting("draft.max_tokens", "MINERVA_DRAFT_MAX", "draft-max", Kind::Uint { min: 1, max: 64, words: &[] },
-        Initial::Uint(16), "The most tokens that the draft model writes ahead at once; how many of these pay is found out.")
+        Initial::Uint(16), "The most tokens that the draft model, or the model's own head, writes ahead at once; how many of these pay is found out.")
         .alias(&["draft", "draft-n", "spec-draft-n-max"]),
     setting("draft.min_tokens", "MINERVA_DRAFT_MIN", "draft-min", Kind::Uint { min: 0, max: 64, words: &[] },
         Initial::Uint(0), "A draft of fewer tokens is not used.").alias(&["draft-n-min", "spec-draft-n-min"]),
     setting("draft.min_probability", "MINERVA_DRAFT_P_MIN", "draft-p-min", Kind::Share, Initial::Share(0.5),
-        "A draft ends before a token that the draft model gives less than this probability, 0 to 1.").alias(&["spec-draft-p-min"]),
+        "A draft ends before a token that its author gives less than this probability, 0 to 1.").alias(&["spec-draft-p-min"]),
     // The server.
     setting("server.host", "MINERVA_HOST", "host", Kind::Text, Initial::Text("127.0.0.1"),
         "The address to listen on. One that other machines can reach needs an API key or `server.insecure`."),

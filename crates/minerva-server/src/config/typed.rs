@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use minerva_engine::{
-    AdapterConfig, CacheIsolation, ClientSecret, DiskCache, DraftConfig, EngineConfig, FlashAttention, KvType,
-    Reservation, RpcServer, Speculation, TuneConfig, TuneMode,
+    AdapterConfig, CacheIsolation, ClientSecret, DiskCache, DraftConfig, DraftingConfig, EngineConfig, FlashAttention,
+    KvType, Reservation, RpcServer, Speculation, TuneConfig, TuneMode,
 };
 use minerva_gpu::DeviceChoice;
 use serde::{Deserialize, Serialize};
@@ -273,6 +273,7 @@ impl Config {
             cache_isolation: performance.cache_isolation,
             speculation: performance.speculation,
             draft: self.draft()?,
+            drafting: self.drafting()?,
             adapters: self.model.adapters()?,
             trace_path: performance.trace_file.clone(),
             chat_template,
@@ -290,18 +291,8 @@ impl Config {
     fn draft(&self) -> Result<Option<DraftConfig>, ConfigError> {
         let draft = &self.draft;
         let Some(path) = &draft.path else {
-            if self.performance.speculation == Speculation::Draft {
-                let problem = "`performance.speculation` is `draft` and there is no draft model: name one with `--model-draft FILE`";
-                return Err(ConfigError::Conflict(problem.to_owned()));
-            }
             return Ok(None);
         };
-        if draft.min_tokens > draft.max_tokens {
-            return Err(ConfigError::Conflict(format!(
-                "`draft.min_tokens` is {}, which is more than `draft.max_tokens`: {}",
-                draft.min_tokens, draft.max_tokens
-            )));
-        }
         let wrong = |problem| ConfigError::Conflict(format!("`draft.device` is `{}`: {problem}", draft.device));
         // A number is one of CUDA's, as llama.cpp's first name for it would be.
         let device = match draft.device.parse::<u32>() {
@@ -313,10 +304,23 @@ impl Config {
             device,
             n_gpu_layers: draft.layers_to_gpu,
             n_cells: draft.kv_cells,
+        }))
+    }
+
+    /// How far guesses go.
+    fn drafting(&self) -> Result<DraftingConfig, ConfigError> {
+        let draft = &self.draft;
+        if draft.min_tokens > draft.max_tokens {
+            return Err(ConfigError::Conflict(format!(
+                "`draft.min_tokens` is {}, which is more than `draft.max_tokens`: {}",
+                draft.min_tokens, draft.max_tokens
+            )));
+        }
+        Ok(DraftingConfig {
             max_tokens: draft.max_tokens,
             min_tokens: draft.min_tokens,
             min_probability: draft.min_probability as f32,
-        }))
+        })
     }
 
     /// The disk tier of the prefix cache, if there is to be one. Clients go by their API keys, whatever the order of these.
@@ -528,11 +532,9 @@ mod tests {
         let draft = engine(&[("MINERVA_MODEL_DRAFT", "b.gguf")]).unwrap().draft;
         assert_eq!(draft, Some(DraftConfig::new("b.gguf")), "the defaults are the engine's");
         let set = [("MINERVA_MODEL_DRAFT", "b"), ("MINERVA_DEVICE_DRAFT", "cuda:1"), ("MINERVA_DRAFT_P_MIN", "0.25")];
-        let draft = engine(&set).unwrap().draft.unwrap();
-        assert_eq!((draft.device, draft.min_probability), (DeviceChoice::Cuda(Some(1)), 0.25));
-        let problem = engine(&[("MINERVA_SPECULATION", "draft")]).unwrap_err().to_string();
-        assert!(problem.contains("--model-draft"), "{problem}");
-        let problem = engine(&[("MINERVA_MODEL_DRAFT", "b"), ("MINERVA_DRAFT_MIN", "20")]).unwrap_err().to_string();
+        let set = engine(&set).unwrap();
+        assert_eq!((set.draft.unwrap().device, set.drafting.min_probability), (DeviceChoice::Cuda(Some(1)), 0.25));
+        let problem = engine(&[("MINERVA_DRAFT_MIN", "20")]).unwrap_err().to_string();
         assert!(problem.contains("more than `draft.max_tokens`: 16"), "{problem}");
     }
 

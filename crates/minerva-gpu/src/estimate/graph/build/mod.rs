@@ -8,6 +8,7 @@
 mod attention;
 mod experts;
 mod feed_forward;
+mod head;
 mod latent;
 mod recurrent;
 
@@ -72,8 +73,11 @@ impl<'a> Builder<'a> {
     fn build(&mut self) {
         let is_post_norm = self.model.memory == Memory::None
             && self.model.layers.first().is_some_and(|layer| !layer.has("attn_norm.weight"));
-        let mut hidden = self.embeddings();
+        let mut hidden = if self.model.is_head() { self.head_rows() } else { self.embeddings() };
         self.add_inputs();
+        if self.model.is_head() {
+            hidden = self.merged_rows(hidden);
+        }
         for il in 0..self.model.n_layers {
             hidden = if is_post_norm { self.post_norm_layer(il, hidden) } else { self.layer(il, hidden) };
         }
@@ -284,17 +288,21 @@ impl<'a> Builder<'a> {
             self.graph.expand(hidden);
             return;
         }
-        let hidden = if self.selects_rows_at_the_end() {
+        let hidden = if self.selects_rows_before_the_norm() {
             self.graph.get_mut(hidden).is_output = true;
             self.output_rows(hidden)
         } else {
             hidden
         };
-        let (weight, bias) = (self.outside("output_norm.weight"), self.outside("output_norm.bias"));
-        let normed = self.norm_with(hidden, weight, bias, None);
+        let mut normed = self.last_norm(hidden);
         self.graph.get_mut(normed).is_output = true;
+        if self.selects_rows_behind_the_norm() {
+            normed = self.output_rows(normed);
+            self.graph.get_mut(normed).is_output = true;
+        }
         let mut last = normed;
-        if let Some(output) = self.output_weight() {
+        let own = if self.model.is_head() { self.weight(0, "nextn.shared_head_head.weight") } else { None };
+        if let Some(output) = own.or_else(|| self.output_weight()) {
             let parts = if self.model.latent.is_some() { &[] } else { self.model.adapters.of_outside("output.weight") };
             last = self.adapted_product(output, normed, parts, self.placement.output_backend());
             if let Some(bias) = self.outside("output.bias") {
@@ -314,8 +322,24 @@ impl<'a> Builder<'a> {
     }
 
     /// Models that could feed a drafting head keep the whole last hidden state.
-    fn selects_rows_at_the_end(&self) -> bool {
+    fn selects_rows_before_the_norm(&self) -> bool {
         self.model.architecture == "gpt-oss"
+    }
+
+    /// The heads that are built here read the state behind the norm, and give such a state on.
+    fn selects_rows_behind_the_norm(&self) -> bool {
+        self.model.keeps_hidden || self.model.is_head()
+    }
+
+    fn selects_rows_at_the_end(&self) -> bool {
+        self.selects_rows_before_the_norm() || self.selects_rows_behind_the_norm()
+    }
+
+    fn last_norm(&mut self, hidden: Id) -> Id {
+        let own = if self.model.is_head() { self.weight(0, "nextn.shared_head_norm.weight") } else { None };
+        let weight = own.or_else(|| self.outside("output_norm.weight"));
+        let bias = self.outside("output_norm.bias");
+        self.norm_with(hidden, weight, bias, None)
     }
 
     fn output_rows(&mut self, a: Id) -> Id {

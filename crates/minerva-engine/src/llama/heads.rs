@@ -1,0 +1,98 @@
+//! The model's own head for multi-token prediction: loaded with the model where the plan has room for it.
+
+use std::sync::Arc;
+
+use minerva_gpu::estimate::{HeadShape, ModelShape};
+use minerva_gpu::plan::{DraftLoad, Rung};
+use minerva_llama::{Context, ContextKind, ContextParams, DeviceBytes, Model, Simulation};
+
+use super::backend::LlamaBackend;
+use super::claims::Claim;
+use super::drafts::{self, FittedDraft};
+use super::placement::Planned;
+use super::{Report, progress, root_cause};
+use crate::backend::Loaded;
+use crate::config::EngineConfig;
+use crate::drafter::followed;
+use crate::error::LoadError;
+use crate::serving::Speculation;
+use crate::status::{DraftInfo, ModelInfo};
+
+/// The head of a model that is to guess with it.
+///
+/// # Errors
+/// [`LoadError::Setting`] when somebody has to guess and there is nobody.
+pub(super) fn shape(config: &EngineConfig, model: &ModelShape) -> Result<Option<HeadShape>, LoadError> {
+    if config.draft.is_some() || !config.speculation.drafts() {
+        return Ok(None);
+    }
+    let head = HeadShape::of(model);
+    if head.is_none() && config.speculation == Speculation::Draft {
+        return Err(LoadError::Setting {
+            name: "speculation",
+            problem: "is `draft`, and there is nobody to write ahead: the model has no head for multi-token prediction that can be used, and \
+                      `--model-draft FILE` names no draft model"
+                .to_owned(),
+        });
+    }
+    Ok(head)
+}
+
+/// The head of a rung, if it has one.
+pub(super) fn of(rung: &Rung) -> Option<&DraftLoad> {
+    rung.draft.as_ref().filter(|load| load.is_head)
+}
+
+/// What the head's context takes on each device and on the host, by llama.cpp's own figures. Its weights are the model's, and it is
+/// claimed with the model.
+pub(super) fn fit(simulation: &Simulation, model: &ContextParams) -> Result<FittedDraft, minerva_llama::LoadError> {
+    let context = ContextParams { kind: ContextKind::Head, ..model.clone() };
+    let mut simulated = simulation.memory_bytes(&context)?;
+    for bytes in &mut simulated {
+        bytes.weights_bytes = 0;
+    }
+    Ok(FittedDraft { context, simulated, claim: Claim::nothing() })
+}
+
+/// Makes the head's context, and lets the head follow the model. Where that fails the model goes on alone, and its status says why.
+///
+/// # Errors
+/// [`LoadError::Cancelled`] when `report` says so.
+pub(super) fn add(
+    config: &EngineConfig,
+    planned: &Planned,
+    model: &Arc<Model>,
+    (load, fitted): (&DraftLoad, FittedDraft),
+    (loaded, mut info): (Loaded, ModelInfo),
+    report: &mut Report<'_>,
+) -> Result<(Loaded, ModelInfo), LoadError> {
+    progress(report, "head", 0.96)?;
+    let FittedDraft { context, simulated, claim } = fitted;
+    let head = match Context::new(model, &context) {
+        Ok(head) => LlamaBackend::new(head, claim),
+        Err(error) => {
+            let text = format!("the model's head cannot be used: {}", root_cause(&error));
+            tracing::warn!("{text}");
+            info.placement.steps_down.push(text);
+            return Ok((loaded, info));
+        }
+    };
+    let of_context = |bytes: DeviceBytes| DeviceBytes { weights_bytes: 0, ..bytes };
+    let real: Vec<DeviceBytes> = head.memory_bytes().into_iter().map(of_context).collect();
+    let simulated: Vec<DeviceBytes> =
+        load.device.and_then(|at| simulated.get(at)).into_iter().chain(simulated.last()).cloned().collect();
+    let size_bytes = load.estimate.devices.iter().chain([&load.estimate.host]).map(|load| load.weights_bytes).sum();
+    tracing::info!("The model's own head writes ahead of it");
+    info.draft = Some(DraftInfo {
+        name: info.name.clone(),
+        description: "the model's own head for multi-token prediction".to_owned(),
+        n_params: 0,
+        size_bytes,
+        n_gpu_layers: load.placement.n_gpu_layers(),
+        n_cells: context.n_ctx,
+        memory: drafts::memory(planned, load, &simulated, &real),
+    });
+    let settings = drafts::settings(config, &loaded);
+    let (backend, drafter) = followed(loaded.backend, Box::new(head), settings);
+    Ok((Loaded { backend: Box::new(backend), drafter: Some(Box::new(drafter)), ..loaded }, info))
+}
