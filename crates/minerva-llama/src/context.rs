@@ -44,6 +44,11 @@ impl Context {
         if params.kind == ContextKind::Head && !model.has_head() {
             return Err(CallError::Argument("the model was loaded without a head".into()).into());
         }
+        if params.kind != ContextKind::Model && !model.hidden_is_as_wide_as_the_model() {
+            return Err(
+                CallError::Argument("the model's hidden states have another width than a head takes".into()).into()
+            );
+        }
         let raw_params = params.raw();
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut raw = ptr::null_mut();

@@ -157,6 +157,13 @@ impl Model {
         usize::try_from(unsafe { sys::llama_model_n_embd_out(self.raw.as_ptr()) }).unwrap_or(0)
     }
 
+    /// llama.cpp's heads take this for granted.
+    pub(crate) fn hidden_is_as_wide_as_the_model(&self) -> bool {
+        // SAFETY: the model is live.
+        let n_embd = unsafe { sys::llama_model_n_embd(self.raw.as_ptr()) };
+        usize::try_from(n_embd) == Ok(self.n_hidden())
+    }
+
     /// The context the model was trained for, in tokens.
     pub fn context_train_tokens(&self) -> u32 {
         // SAFETY: the model is live.

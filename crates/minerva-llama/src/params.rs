@@ -168,8 +168,8 @@ pub enum ContextKind {
     /// The model, whose hidden state after each token can be read ([`Context::hidden`](crate::Context::hidden)).
     ModelWithHidden,
     /// The model's own head for multi-token prediction (MTP, NextN): from the hidden state after a token and the token that follows,
-    /// the scores of the one after that. It has cells of its own, for its one layer. llama.cpp ends the process where a file lacks what
-    /// its head needs: look at the header first, as `minerva_gpu::estimate::HeadShape::of` does.
+    /// the scores of the one after that. It has cells of its own, for its one layer. llama.cpp ends the process over a head that
+    /// does not go with the rest of its file: look at the header first, as `minerva_gpu::estimate::HeadShape::of` does.
     Head,
 }
 

@@ -23,8 +23,8 @@ use crate::request::TokenId;
 /// Rows of a sequence that may wait to be computed with its next guess.
 const MOST_WAITING: usize = 16;
 
-/// So many hidden states are kept of a sequence, for cuts behind wrong guesses.
-const MOST_RECENT: usize = 32;
+/// So many hidden states are kept of a sequence, for cuts behind wrong guesses: the longest guess has 64 tokens.
+const MOST_RECENT: usize = 66;
 
 /// The model's backend, and a head that follows it.
 pub struct Followed {
@@ -93,10 +93,17 @@ impl FollowedSeq {
         self.recent.len().checked_sub(n_hidden).map(|from| &self.recent[from..]).filter(|state| !state.is_empty())
     }
 
-    fn forget(&mut self, n_tokens: u32) {
-        (self.n_tokens, self.begin, self.end) = (n_tokens, n_tokens, n_tokens);
+    /// The head holds nothing of it any more; where the model is, is known.
+    fn restart(&mut self) {
+        (self.begin, self.end) = (self.n_tokens, self.n_tokens);
         self.waiting.clear();
         self.waiting_states.clear();
+    }
+
+    /// Nothing is known but how many tokens the model has.
+    fn forget(&mut self, n_tokens: u32) {
+        self.n_tokens = n_tokens;
+        self.restart();
         self.recent.clear();
     }
 
@@ -160,7 +167,8 @@ impl Follower {
     fn catch_up(&mut self) {
         let mut longest = self.seqs.iter().map(|seq| seq.waiting.len()).max().unwrap_or(0);
         while longest > MOST_WAITING && self.failure.is_none() {
-            let mut room = self.limits.n_batch as usize;
+            // One physical batch at a time: hidden states are large.
+            let mut room = self.limits.n_ubatch.min(self.limits.n_batch).max(1) as usize;
             self.clear_rows();
             for seq in 0..self.seqs.len() {
                 let n = self.seqs[seq].waiting.len().min(room);
@@ -186,6 +194,7 @@ impl Follower {
             self.rows.push(Row { seq, token, pos, output: false });
         }
         self.states.extend(followed.waiting_states.drain(..n * self.n_hidden));
+        followed.waiting_states.shrink_to(MOST_WAITING * self.n_hidden);
         followed.end += n as u32;
     }
 
@@ -197,8 +206,7 @@ impl Follower {
     fn lost(&mut self, error: StepError) {
         for row in std::mem::take(&mut self.rows) {
             self.head.truncate(row.seq, 0);
-            let followed = &mut self.seqs[row.seq as usize];
-            followed.forget(followed.n_tokens);
+            self.seqs[row.seq as usize].restart();
         }
         if !error.cache_unchanged {
             self.failure = Some(error);
@@ -236,11 +244,6 @@ impl Follower {
         }
     }
 
-    /// The model's cells of a sequence hold something else now.
-    fn replaced(&mut self, seq: SeqId) {
-        self.truncate(seq, 0);
-    }
-
     fn draft(&mut self, wishes: &[(Wish, &[TokenId])], settings: &DraftSettings) -> Result<Drafted, DraftError> {
         if let Some(failure) = &self.failure {
             return Err(failure.clone().into());
@@ -258,21 +261,25 @@ impl Follower {
         while !going.is_empty() {
             drafted.n_rounds += 1;
             drafted.n_round_guesses += going.len() as u32;
-            if let Err(error) = self.compute() {
-                self.lost(error.clone());
-                if !error.cache_unchanged {
-                    return Err(error.into());
+            match self.compute() {
+                Ok(()) => self.round(&mut going, &mut drafted.drafts, settings)?,
+                // No room for more: what was guessed until now is a guess.
+                Err(error) if error.cache_unchanged && drafted.n_rounds > 1 => break,
+                Err(error) => {
+                    self.lost(error.clone());
+                    if !error.cache_unchanged {
+                        return Err(error.into());
+                    }
+                    break;
                 }
-                break;
             }
-            self.round(&mut going, &mut drafted.drafts, settings)?;
         }
         // The newest token stays: the model computes it next. Guesses are computed again, from the model's hidden states.
         for &&(Wish { seq, .. }, history) in &guessed_for {
             let followed = &mut self.seqs[seq as usize];
             let is_kept = followed.begin < followed.end && self.head.truncate(seq, history.len() as u32);
             if !is_kept {
-                followed.forget(followed.n_tokens);
+                followed.restart();
             }
         }
         drafted.rounds_us = began.elapsed().as_micros() as u64;
@@ -377,10 +384,6 @@ impl Backend for Followed {
         self.model.logits(i)
     }
 
-    fn hidden(&mut self) -> &[f32] {
-        self.model.hidden()
-    }
-
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
         let is_cut = self.model.truncate(seq, n_tokens);
         lock(&self.follower).truncate(seq, if is_cut { n_tokens } else { 0 });
@@ -393,7 +396,7 @@ impl Backend for Followed {
         if is_there {
             follower.copy(src, dst, n_tokens);
         } else {
-            follower.replaced(dst);
+            follower.truncate(dst, 0);
         }
         is_there
     }
@@ -403,7 +406,7 @@ impl Backend for Followed {
     }
 
     fn restore(&mut self, seq: SeqId, state: &[u8]) -> bool {
-        lock(&self.follower).replaced(seq);
+        lock(&self.follower).truncate(seq, 0);
         self.model.restore(seq, state)
     }
 
@@ -415,6 +418,14 @@ impl Backend for Followed {
         let is_there = self.model.rewind(seq, state, n_tokens);
         lock(&self.follower).truncate(seq, if is_there { n_tokens } else { 0 });
         is_there
+    }
+}
+
+impl Drop for HeadDrafter {
+    /// Nobody asks any more: the head need not follow.
+    fn drop(&mut self) {
+        let nobody = || StepError { cache_unchanged: true, message: "nobody asks the head".to_owned() };
+        lock(&self.follower).failure.get_or_insert_with(nobody);
     }
 }
 

@@ -46,7 +46,8 @@ pub(super) fn of(rung: &Rung) -> Option<&DraftLoad> {
 /// What the head's context takes on each device and on the host, by llama.cpp's own figures. Its weights are the model's, and it is
 /// claimed with the model.
 pub(super) fn fit(simulation: &Simulation, model: &ContextParams) -> Result<FittedDraft, minerva_llama::LoadError> {
-    let context = ContextParams { kind: ContextKind::Head, ..model.clone() };
+    let context =
+        ContextParams { kind: ContextKind::Head, n_batch: model.n_batch.min(model.n_ubatch), ..model.clone() };
     let mut simulated = simulation.memory_bytes(&context)?;
     for bytes in &mut simulated {
         bytes.weights_bytes = 0;

@@ -38,9 +38,12 @@ pub(super) fn climb_down(
         };
         let below = if failure.is_out_of_memory { next + 1 } else { planned.plan.rungs.len() - 1 };
         let is_last = next + 1 >= planned.plan.rungs.len();
-        // Without its draft model the same load goes on where it is.
-        let loses_draft_only = rung.draft.is_some() && failure.is_out_of_memory && !is_last;
-        if (rung.is_cpu() && !loses_draft_only) || !failure.may_step_down {
+        // Without its draft model the same load goes on where it is. Without its head the model may be sound.
+        let is_cancelled = matches!(failure.error, LoadError::Cancelled);
+        let may_go_on = failure.is_out_of_memory || heads::of(rung).is_some() && !is_cancelled;
+        let loses_draft_only = rung.draft.is_some() && may_go_on && !is_last;
+        let below = if loses_draft_only { next + 1 } else { below };
+        if !loses_draft_only && (rung.is_cpu() || !failure.may_step_down) {
             return Err(failure.error);
         }
         if (!config.fallback_to_cpu && !loses_draft_only) || is_last {
@@ -164,6 +167,7 @@ fn try_rung(
     }
     let Fitted { config, rung, context, simulated, claim, draft } = fitted;
     let status = Placement { tuning: found, ..planned.status(&config, &rung, &simulated) };
+    let of_draft = draft.as_ref().map_or(0, |fitted| bytes_on_devices(&fitted.simulated));
     let mut loaded = start(&config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
     if let Some((fitted, load)) = draft.zip(rung.draft.as_ref()) {
         if load.is_head {
@@ -175,12 +179,16 @@ fn try_rung(
     progress(report, "ready", 1.0).map_err(failed)?;
     if let (Ok(before), Ok(after), false) = (free_before, planned.machine.gpu.estimate_memory(), rung.is_cpu()) {
         let device = planned.machine.gpu.device();
-        let tensors: u64 = simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum();
+        let tensors = bytes_on_devices(&simulated) + of_draft;
         if device.kind == minerva_gpu::GpuDevice::Cuda && planned.plan.devices.len() == 1 {
             overhead::remember(device, before, after.free_bytes, tensors);
         }
     }
     Ok(loaded)
+}
+
+fn bytes_on_devices(simulated: &[DeviceBytes]) -> u64 {
+    simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum()
 }
 
 /// Claims what llama.cpp says that the load takes on each device and on the host, or has the guide's error when a device has less room now.

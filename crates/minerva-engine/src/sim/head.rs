@@ -53,6 +53,7 @@ pub(super) struct SimHead {
 
 impl SimHead {
     pub(super) fn new(limits: BackendLimits, draft: &SimDraft) -> Self {
+        let limits = BackendLimits { n_cells: draft.n_cells.unwrap_or(limits.n_cells), ..limits };
         let seqs = (0..limits.n_seq_max).map(|_| HeadSeq::default()).collect();
         Self { limits, draft: draft.clone(), seqs, rows: Vec::new(), hidden: Vec::new(), n_steps: 0 }
     }
@@ -131,14 +132,16 @@ impl HeadBackend for SimHead {
         }
         assert!(rows.len() <= self.limits.n_batch as usize, "a step of {} rows", rows.len());
         assert_eq!(hidden.len(), rows.len() * N_HIDDEN, "hidden states of {} rows", rows.len());
+        let held: usize = self.seqs.iter().map(|seq| seq.after.len()).sum();
+        if held + rows.len() > self.limits.n_cells as usize {
+            return Err(StepError { cache_unchanged: true, message: "no room".to_owned() });
+        }
         self.n_steps += 1;
         self.rows.clear();
         self.hidden.clear();
         for (row, state) in rows.iter().zip(hidden.chunks(N_HIDDEN)) {
             self.row(*row, state);
         }
-        let held: usize = self.seqs.iter().map(|seq| seq.after.len()).sum();
-        assert!(held <= self.limits.n_cells as usize, "{held} cells of the head are in use");
         if self.draft.fails_at_step == Some(self.n_steps) {
             return Err(StepError { cache_unchanged: false, message: "a simulated fault".to_owned() });
         }

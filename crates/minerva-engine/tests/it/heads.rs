@@ -75,6 +75,17 @@ fn a_head_that_fails_is_left_alone_and_no_request_hears_of_it() {
     }
 }
 
+#[test]
+fn a_head_without_room_guesses_as_far_as_it_has_some() {
+    // Room for the prompt and a part of the answer.
+    let engine = Engine::simulate(with_head(&SimDraft { n_cells: Some(100), ..SimDraft::default() }));
+    let answer = ask(&engine, greedy(tokens(1, 60), 120));
+    assert_eq!(answer.choices, ask_alone(&SimConfig::default(), greedy(tokens(1, 60), 120)).choices);
+    let stats = engine.stats();
+    assert!(stats.right_drafts_total > 20 && stats.failed_drafts_total == 0, "{stats:?}");
+    assert!(stats.draft_cells_used <= 100, "{stats:?}");
+}
+
 /// A request whose text depends on the seed, sampled from everything.
 fn sampled(seed: u64, n_tokens: u32) -> Request {
     let sampling = SamplingParams { seed: Some(seed), temperature: 1.0, ..SamplingParams::default() };
@@ -88,7 +99,7 @@ proptest! {
     fn nothing_that_a_head_does_changes_what_is_said(
         quality in prop::sample::select(vec![0.0_f32, 0.3, 0.7, 0.95, 1.0]),
         (unified, n_seq_max, cannot_cut) in (any::<bool>(), 1_u32..4, prop::bool::weighted(0.2)),
-        (max_tokens, min_tokens) in (1_u32..20, 0_u32..4),
+        (n_cells, max_tokens, min_tokens) in (prop::option::of(16_u32..300), 1_u32..20, 0_u32..4),
         fails_at_step in prop::option::weighted(0.2, 1_u64..60),
         fail_every_steps in prop::option::weighted(0.1, 20_u64..60),
         host_cache_bytes in prop::sample::select(vec![0_u64, 2_000, 1 << 20]),
@@ -101,7 +112,7 @@ proptest! {
             speculation: Speculation::Off, ..SimConfig::default()
         };
         let draft =
-            SimDraft { is_head: true, quality, fails_at_step, max_tokens, min_tokens, ..SimDraft::default() };
+            SimDraft { is_head: true, quality, n_cells, fails_at_step, max_tokens, min_tokens, ..SimDraft::default() };
         let engine =
             Engine::simulate(SimConfig { speculation, draft: Some(draft), fail_every_steps, ..plain.clone() });
         let mut random = Random::new(seed);

@@ -9,35 +9,11 @@ use super::LoadSettings;
 use super::adapter::Adapters;
 use super::model::{Layer, Memory, ModelShape};
 
-/// What a head needs beside what all of them do. llama.cpp ends the process where one of these is missing.
-const NEEDED: [(&str, &[&str]); 2] = [
-    ("glm4moe", &["post_attention_norm.weight", "ffn_gate_shexp.weight"]),
-    (
-        "deepseek2",
-        &[
-            "attn_q_a.weight",
-            "attn_q_a_norm.weight",
-            "attn_q_b.weight",
-            "attn_kv_a_mqa.weight",
-            "attn_kv_a_norm.weight",
-            "attn_k_b.weight",
-            "attn_v_b.weight",
-            "ffn_norm.weight",
-            "ffn_gate_shexp.weight",
-        ],
-    ),
-];
+/// Architectures whose heads are planned and used here.
+const ARCHITECTURES: [&str; 2] = ["glm4moe", "deepseek2"];
 
-const NEEDED_BY_ALL: [&str; 8] = [
-    "nextn.eh_proj.weight",
-    "nextn.enorm.weight",
-    "nextn.hnorm.weight",
-    "attn_norm.weight",
-    "attn_output.weight",
-    "ffn_gate_inp.weight",
-    "ffn_down_exps.weight",
-    "ffn_up_shexp.weight",
-];
+/// What llama.cpp takes for granted of a head that it has loaded, or does not need to load a model without its head.
+const NEEDED: [&str; 4] = ["nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight", "ffn_down_shexp.weight"];
 
 /// The hidden states of a batch on the host, where they are read. llama.cpp's own figures leave them out.
 pub(super) fn hidden_bytes(model: &ModelShape, settings: &LoadSettings) -> u64 {
@@ -65,19 +41,32 @@ impl HeadShape {
 
 impl ModelShape {
     fn head(&self) -> Option<Self> {
-        if self.memory != Memory::Attention || self.n_layers_all != self.n_layers + 1 {
+        let is_known = self.is_one_of(&ARCHITECTURES) && self.memory == Memory::Attention;
+        if !is_known || !self.may_have_head || self.n_layers_all != self.n_layers + 1 {
             return None;
         }
         let layer = self.layers.get(self.n_layers as usize)?;
-        let (_, needed) = NEEDED.iter().find(|(architecture, _)| *architecture == self.architecture)?;
-        let has_all = needed.iter().chain(&NEEDED_BY_ALL).all(|name| layer.has(name));
-        let has_experts = ["ffn_up_exps.weight", "ffn_gate_exps.weight"].iter().all(|name| layer.has(name))
-            || layer.has("ffn_gate_up_exps.weight") && self.latent.is_some();
-        let is_sound = has_all && has_experts && self.outside.contains_key("output_norm.weight");
-        let is_latent = self.latent.is_some() == (self.architecture == "deepseek2");
+        let has = |name: &str| layer.has(&format!("{name}.weight"));
+        let has_all = |names: &[&str]| names.iter().all(|name| has(name));
+        let attends = if self.architecture == "deepseek2" {
+            // llama.cpp computes such a head with compressed queries only, and without scaled ones.
+            let is_scaled = self.flag("attention.temperature_scale") != 0.0;
+            self.latent.is_some()
+                && !is_scaled
+                && !self.is_lite()
+                && has_all(&["attn_q_a", "attn_q_b", "attn_k_b", "attn_v_b"])
+        } else {
+            // It takes the first layer's heads for the head's.
+            let like_first = |n: fn(&Layer) -> [u64; 4]| self.layers.first().is_some_and(|first| n(first) == n(layer));
+            self.latent.is_none()
+                && (has("attn_qkv") || has_all(&["attn_q", "attn_k", "attn_v"]))
+                && like_first(|layer| [layer.n_heads, layer.n_kv_heads, layer.head_k, layer.head_v])
+        };
+        let has_experts =
+            has("ffn_down_exps") && (has_all(&["ffn_up_exps", "ffn_gate_exps"]) || has("ffn_gate_up_exps"));
         let reads_experts = self.n_dense_layers <= self.n_layers && self.n_experts > 0;
-        let is_scaled = self.flag("attention.temperature_scale") != 0.0;
-        (is_sound && is_latent && reads_experts && !is_scaled && !self.is_lite()).then(|| self.of_layer(layer))
+        let is_whole = NEEDED.iter().all(|name| layer.has(name)) && self.outside.contains_key("output_norm.weight");
+        (attends && has_experts && reads_experts && is_whole).then(|| self.of_layer(layer))
     }
 
     /// Of such a `deepseek2` llama.cpp does not read that it compresses queries, which its head must.

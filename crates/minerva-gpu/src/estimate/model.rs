@@ -47,6 +47,8 @@ pub struct ModelShape {
     pub(super) n_shared_kv_layers: u32,
     /// Layers without experts before the others.
     pub(super) n_dense_layers: u32,
+    /// No key says what llama.cpp ends the process for when it computes a head.
+    pub(super) may_have_head: bool,
     pub(super) outside: HashMap<String, TensorInfo>,
     pub(super) adapters: Adapters,
     /// Hidden states are read for a head.
@@ -117,6 +119,9 @@ pub(super) struct Recurrent {
     /// Elements of the state proper.
     pub(super) state: u64,
 }
+
+/// The last of llama.cpp's ways to choose experts (`llama_expert_gating_func_type`).
+const MOST_GATING: u32 = 4;
 
 /// Architectures without a cache (`llama_model::create_memory`).
 const WITHOUT_MEMORY: [&str; 15] = [
@@ -296,6 +301,7 @@ impl Reader<'_> {
             n_groups_used: self.number("expert_group_used_count")?.unwrap_or(0).into(),
             n_shared_kv_layers: self.number("attention.shared_kv_layers")?.unwrap_or(0).min(n_layers_all - 1),
             n_dense_layers: self.number("leading_dense_block_count")?.unwrap_or(0),
+            may_have_head: self.may_have_head(n_embd)?,
             flags: self.flags()?,
             layers,
             outside,
@@ -446,6 +452,15 @@ impl Reader<'_> {
 
     fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture)
+    }
+
+    /// Heads read states as wide as the model is, from each token, with one position a token; and experts are chosen in one of four ways.
+    fn may_have_head(&self, n_embd: u64) -> Result<bool, EstimateError> {
+        let width = self.number("embedding_length_out")?.unwrap_or(0);
+        let has_sections = self.header.metadata.get(&self.key("rope.dimension_sections")).is_some();
+        let (pooling, gating) = (self.number("pooling_type")?, self.number("expert_gating_func")?);
+        let has_width = width == 0 || u64::from(width) == n_embd;
+        Ok(has_width && !has_sections && pooling.unwrap_or(0) == 0 && gating.unwrap_or(0) <= MOST_GATING)
     }
 
     fn number(&self, name: &str) -> Result<Option<u32>, EstimateError> {

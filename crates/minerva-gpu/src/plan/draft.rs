@@ -101,7 +101,9 @@ pub(super) fn load_of_head(head: &ModelShape, search: &Search<'_>, main: &Rung) 
     let device = main.placement.device_of(search.model.n_layers);
     let placement = Placement::split(head, device.map(|_| head.n_layers_all + 1).as_slice());
     let traits: Vec<_> = device.iter().map(|&at| search.devices[at].kind.traits()).collect();
-    let settings = main.settings.clone();
+    let ubatch_tokens = main.settings.ubatch_tokens;
+    let settings =
+        LoadSettings { batch_tokens: main.settings.batch_tokens.min(ubatch_tokens), ..main.settings.clone() };
     let estimate = estimate(head, &settings, &placement, &traits, &search.host.traits);
     DraftLoad { settings, device, placement, estimate, is_head: true }
 }
