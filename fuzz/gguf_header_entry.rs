@@ -3,9 +3,11 @@
 use std::io::{self, Read};
 use std::sync::OnceLock;
 
-use minerva_gpu::estimate::{DeviceTraits, ModelShape, ProjectorSettings, ProjectorShape, estimate_projector};
+use minerva_gpu::estimate::{
+    DeviceTraits, HeadShape, ModelShape, ProjectorSettings, ProjectorShape, estimate_projector,
+};
 use minerva_gpu::gguf::{FileBuilder, GgmlType, GgufError, Header, Value};
-use minerva_gpu::plan::{PlanMachine, Wishes, plan};
+use minerva_gpu::plan::{Companions, PlanMachine, Wishes, plan_with};
 
 /// Inputs up to this length are also read in pieces of a few bytes, which is slow.
 const PIECES_BYTES: usize = 4096;
@@ -103,10 +105,11 @@ fn base() -> ModelShape {
 }
 
 fn outcome_of_plan(model: &ModelShape, machine: &PlanMachine) -> String {
-    match plan(model, &Wishes::default(), machine) {
+    let head = HeadShape::of(model);
+    match plan_with(model, &Wishes::default(), machine, &Companions { head: head.as_ref(), ..Companions::default() }) {
         Ok(plan) => {
-            for (load, device) in plan.best().estimate.devices.iter().zip(&plan.devices) {
-                assert!(load.total_bytes() <= device.budget_bytes(), "{plan}");
+            for (at, device) in plan.devices.iter().enumerate() {
+                assert!(plan.best().device_bytes(at) <= device.budget_bytes(), "{plan}");
             }
             format!("planned {}", plan.rungs.len())
         }

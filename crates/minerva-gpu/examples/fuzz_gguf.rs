@@ -189,7 +189,7 @@ fn adapter(file: &mut FileBuilder) {
 
 /// A few layers of each kind of model, which a plan is made for.
 fn small_models() -> impl Iterator<Item = (&'static str, FileBuilder)> {
-    synthetic::NAMES.into_iter().filter_map(|name| {
+    synthetic::NAMES.into_iter().chain(synthetic::NAMES_WITH_HEAD).filter_map(|name| {
         // Hybrids attend in one layer of several.
         let n_layers = if name.starts_with("jamba") || name.starts_with("granite") { 6 } else { 2 };
         Some((name, synthetic::shape_with_layers(name, n_layers)?))

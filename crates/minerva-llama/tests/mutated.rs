@@ -1,4 +1,4 @@
-//! Damaged headers of a real model: what our reader accepts must not kill llama.cpp.
+//! Damaged headers of a real model, and of a small one with a head for multi-token prediction: what our reader accepts must not kill llama.cpp.
 //!
 //! 1,000 of them by default (`MUTATIONS` for more), in a child process that says what it is about to load. Needs the default
 //! model: `cargo xtask setup` fetches it.
@@ -9,8 +9,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use minerva_gpu::estimate::{HeadShape, ModelShape};
 use minerva_gpu::gguf::Header;
-use minerva_llama::{ContextParams, ModelParams, Simulation};
+use minerva_gpu::synthetic::{ChainHead, write_chain};
+use minerva_llama::{ContextKind, ContextParams, LoadError, ModelParams, Simulation};
 
 /// Numbers that programs tend to forget.
 const INTERESTING: [u64; 12] =
@@ -37,11 +39,10 @@ fn real_model() -> PathBuf {
 }
 
 /// The header's bytes and the length of the whole file.
-fn header_bytes() -> (Vec<u8>, u64) {
-    let path = real_model();
-    let header = Header::open(&path).expect("a sound header");
+fn header_bytes(path: &Path) -> (Vec<u8>, u64) {
+    let header = Header::open(path).expect("a sound header");
     let mut bytes = Vec::new();
-    File::open(&path).and_then(|file| file.take(header.data_offset).read_to_end(&mut bytes)).expect("readable");
+    File::open(path).and_then(|file| file.take(header.data_offset).read_to_end(&mut bytes)).expect("readable");
     (bytes, header.file_bytes)
 }
 
@@ -73,21 +74,40 @@ fn write(path: &Path, bytes: &[u8], file_bytes: u64) {
     file.write_all(bytes).and_then(|()| file.set_len(file_bytes)).expect("written"); // the weights are a hole
 }
 
+fn simulate(path: &Path, with_head: bool) -> Result<(), LoadError> {
+    let model = Simulation::load(path, &ModelParams { with_head, ..ModelParams::default() })?;
+    let kinds = if with_head { &[ContextKind::ModelWithHidden, ContextKind::Head][..] } else { &[ContextKind::Model] };
+    for &kind in kinds {
+        model.memory_bytes(&ContextParams { kind, n_ctx: 512, n_ubatch: 64, ..ContextParams::default() })?;
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "the body of the child process"]
 fn child() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok()).expect("a number");
-    let (sound, file_bytes) = header_bytes();
     let dir = tempfile::tempdir().expect("a directory");
+    let with_head = std::env::var_os("MUTATED_HEAD").is_some();
+    let original = if with_head {
+        let path = dir.path().join("sound.gguf");
+        write_chain(&path, 2, ChainHead::Hidden).expect("written");
+        path
+    } else {
+        real_model()
+    };
+    let (sound, file_bytes) = header_bytes(&original);
     let path = dir.path().join("mutated.gguf");
     for seed in number("MUTATED_FROM")..number("MUTATED_TO") {
         let mut bytes = sound.clone();
         mutate(&mut bytes, &mut Random(seed));
         write(&path, &bytes, file_bytes);
-        let Ok(_) = Header::open(&path) else { continue };
+        let Ok(header) = Header::open(&path) else { continue };
+        if with_head && !ModelShape::of(&header).is_ok_and(|shape| HeadShape::of(&shape).is_some()) {
+            continue;
+        }
         println!("loading {seed}");
-        let params = ContextParams { n_ctx: 512, n_ubatch: 64, ..ContextParams::default() };
-        let loaded = Simulation::load(&path, &ModelParams::default()).and_then(|model| model.memory_bytes(&params));
+        let loaded = simulate(&path, with_head);
         println!("{} {seed}", if loaded.is_ok() { "loaded" } else { "refused" });
     }
     println!("end");
@@ -95,12 +115,22 @@ fn child() {
 
 #[test]
 fn no_damaged_header_that_the_reader_accepts_kills_llama_cpp() {
+    no_child_dies(false);
+}
+
+#[test]
+fn no_damaged_header_with_a_head_kills_llama_cpp() {
+    no_child_dies(true);
+}
+
+fn no_child_dies(with_head: bool) {
     let n: u64 = std::env::var("MUTATIONS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_000);
     let mut from = 0;
     let (mut loaded, mut refused, mut deaths) = (0, 0, Vec::new());
     while from < n {
         let mut child = Command::new(std::env::current_exe().expect("this test binary"))
             .args(["--exact", "child", "--ignored", "--nocapture"])
+            .envs(with_head.then_some(("MUTATED_HEAD", "1")))
             .envs([("MUTATED_FROM", from.to_string()), ("MUTATED_TO", n.to_string())])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

@@ -460,7 +460,9 @@ impl Reader<'_> {
         let has_sections = self.header.metadata.get(&self.key("rope.dimension_sections")).is_some();
         let (pooling, gating) = (self.number("pooling_type")?, self.number("expert_gating_func")?);
         let has_width = width == 0 || u64::from(width) == n_embd;
-        Ok(has_width && !has_sections && pooling.unwrap_or(0) == 0 && gating.unwrap_or(0) <= MOST_GATING)
+        let has_rank =
+            self.architecture != "deepseek2" || self.number("attention.q_lora_rank")?.is_some_and(|rank| rank > 0);
+        Ok(has_width && has_rank && !has_sections && pooling.unwrap_or(0) == 0 && gating.unwrap_or(0) <= MOST_GATING)
     }
 
     fn number(&self, name: &str) -> Result<Option<u32>, EstimateError> {
