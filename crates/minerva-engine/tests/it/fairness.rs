@@ -43,6 +43,7 @@ fn one_request_does_not_wait_for_the_two_hundred_of_another_client() {
 fn a_request_whose_deadline_passes_in_the_queue_never_begins_and_one_that_runs_is_cut_off() {
     let engine = Engine::simulate(SimConfig { n_seq_max: 1, step_us: 5_000, ..SimConfig::default() });
     let running = submit(&engine, Request { deadline_ms: Some(2_000), ..greedy(tokens(1, 5), 900) });
+    wait_until("it has the only seat", || engine.stats().requests_running == 1);
     let late = submit(&engine, Request { deadline_ms: Some(30), ..greedy(tokens(2, 5), 5) });
     let Err(GenerationError::DeadlineExpired { deadline_ms: 30, waited_ms }) = read(late).end else {
         panic!("its deadline was over")

@@ -64,7 +64,9 @@ fn a_request_that_yields_goes_on_with_its_head_when_it_comes_back() {
 #[test]
 fn a_head_that_fails_is_left_alone_and_no_request_hears_of_it() {
     for fails_at in [1, 2, 7] {
-        let engine = Engine::simulate(with_head(&SimDraft { fails_at_step: Some(fails_at), ..SimDraft::default() }));
+        let config = with_head(&SimDraft { fails_at_step: Some(fails_at), ..SimDraft::default() });
+        // With one pool of cells all of them are guessed for.
+        let engine = Engine::simulate(SimConfig { unified: true, ..config });
         let streams: Vec<_> = (0..4).map(|i| submit(&engine, greedy(tokens(i, 60), 80))).collect();
         for (i, events) in (0..).zip(streams) {
             let plain = ask_alone(&SimConfig::default(), greedy(tokens(i, 60), 80));
