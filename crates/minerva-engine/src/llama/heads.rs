@@ -48,11 +48,12 @@ pub(super) fn of(rung: &Rung) -> Option<&DraftLoad> {
 pub(super) fn fit(simulation: &Simulation, model: &ContextParams) -> Result<FittedDraft, minerva_llama::LoadError> {
     let context =
         ContextParams { kind: ContextKind::Head, n_batch: model.n_batch.min(model.n_ubatch), ..model.clone() };
-    let mut simulated = simulation.memory_bytes(&context)?;
-    for bytes in &mut simulated {
-        bytes.weights_bytes = 0;
-    }
+    let simulated = without_weights(simulation.memory_bytes(&context)?);
     Ok(FittedDraft { context, simulated, claim: Claim::nothing() })
+}
+
+fn without_weights(bytes: Vec<DeviceBytes>) -> Vec<DeviceBytes> {
+    bytes.into_iter().map(|bytes| DeviceBytes { weights_bytes: 0, ..bytes }).collect()
 }
 
 /// Makes the head's context, and lets the head follow the model. Where that fails the model goes on alone, and its status says why.
@@ -78,8 +79,7 @@ pub(super) fn add(
             return Ok((loaded, info));
         }
     };
-    let of_context = |bytes: DeviceBytes| DeviceBytes { weights_bytes: 0, ..bytes };
-    let real: Vec<DeviceBytes> = head.memory_bytes().into_iter().map(of_context).collect();
+    let real = without_weights(head.memory_bytes());
     let simulated: Vec<DeviceBytes> =
         load.device.and_then(|at| simulated.get(at)).into_iter().chain(simulated.last()).cloned().collect();
     let size_bytes = load.estimate.devices.iter().chain([&load.estimate.host]).map(|load| load.weights_bytes).sum();

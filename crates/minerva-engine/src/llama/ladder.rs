@@ -36,13 +36,13 @@ pub(super) fn climb_down(
             }
             Err(failure) => failure,
         };
-        let below = if failure.is_out_of_memory { next + 1 } else { planned.plan.rungs.len() - 1 };
         let is_last = next + 1 >= planned.plan.rungs.len();
         // Without its draft model the same load goes on where it is. Without its head the model may be sound.
         let is_cancelled = matches!(failure.error, LoadError::Cancelled);
         let may_go_on = failure.is_out_of_memory || heads::of(rung).is_some() && !is_cancelled;
         let loses_draft_only = rung.draft.is_some() && may_go_on && !is_last;
-        let below = if loses_draft_only { next + 1 } else { below };
+        let goes_one_down = loses_draft_only || failure.is_out_of_memory;
+        let below = if goes_one_down { next + 1 } else { planned.plan.rungs.len() - 1 };
         if !loses_draft_only && (rung.is_cpu() || !failure.may_step_down) {
             return Err(failure.error);
         }

@@ -1,19 +1,13 @@
 //! A draft model beside the main one, both simulated: what is said never changes, whoever guesses how well and whatever fails.
 
-use minerva_engine::{Engine, Request, SamplingParams, SimConfig, SimDraft, Speculation};
+use minerva_engine::{Engine, Request, SimConfig, SimDraft, Speculation};
 use proptest::prelude::*;
 
-use crate::support::{Random, ask, ask_alone, greedy, read, submit, tokens, wait_until, wait_until_idle};
+use crate::support::{Random, ask, ask_alone, greedy, read, sampled, submit, tokens, wait_until, wait_until_idle};
 
 /// Steps take time, so that it is worth something to save some.
 fn with_draft(draft: SimDraft) -> SimConfig {
     SimConfig { draft: Some(draft), unified: true, step_us: 1000, ..SimConfig::default() }
-}
-
-/// A request whose text depends on the seed, sampled from everything.
-fn sampled(seed: u64, n_tokens: u32) -> Request {
-    let sampling = SamplingParams { seed: Some(seed), temperature: 1.0, ..SamplingParams::default() };
-    Request { sampling, ..greedy(tokens(seed, 20), n_tokens) }
 }
 
 #[test]

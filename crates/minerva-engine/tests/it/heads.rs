@@ -1,10 +1,10 @@
 //! A model's own head for multi-token prediction, simulated: it follows whatever happens to the model's sequences, and panics when it
 //! gets the hidden state of another place.
 
-use minerva_engine::{Engine, Request, SamplingParams, SimConfig, SimDraft, Speculation};
+use minerva_engine::{Engine, Request, SimConfig, SimDraft, Speculation};
 use proptest::prelude::*;
 
-use crate::support::{Random, ask, ask_alone, greedy, read, submit, tokens, wait_until, wait_until_idle};
+use crate::support::{Random, ask, ask_alone, greedy, read, sampled, submit, tokens, wait_until, wait_until_idle};
 
 /// Steps take time, so that it is worth something to save some.
 fn with_head(draft: &SimDraft) -> SimConfig {
@@ -86,12 +86,6 @@ fn a_head_without_room_guesses_as_far_as_it_has_some() {
     let stats = engine.stats();
     assert!(stats.right_drafts_total > 20 && stats.failed_drafts_total == 0, "{stats:?}");
     assert!(stats.draft_cells_used <= 100, "{stats:?}");
-}
-
-/// A request whose text depends on the seed, sampled from everything.
-fn sampled(seed: u64, n_tokens: u32) -> Request {
-    let sampling = SamplingParams { seed: Some(seed), temperature: 1.0, ..SamplingParams::default() };
-    Request { sampling, ..greedy(tokens(seed, 20), n_tokens) }
 }
 
 proptest! {

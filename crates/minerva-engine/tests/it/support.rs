@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use minerva_engine::{
-    Engine, Event, EventStream, FinishReason, GenerationError, Prompt, Request, SimConfig, Summary, TokenId, TokenInfo,
+    Engine, Event, EventStream, FinishReason, GenerationError, Prompt, Request, SamplingParams, SimConfig, Summary,
+    TokenId, TokenInfo,
 };
 
 /// Far longer than any wait of a passing test, on a busy machine too.
@@ -111,6 +112,12 @@ pub(crate) fn ask(engine: &Engine, request: Request) -> Answer {
 pub(crate) fn ask_alone(config: &SimConfig, request: Request) -> Answer {
     let config = SimConfig { step_us: 0, us_per_token: 0, fail_every_steps: None, ..config.clone() };
     ask(&Engine::simulate(config), Request { cache_prompt: false, ..request })
+}
+
+/// A request whose text depends on the seed, sampled from everything.
+pub(crate) fn sampled(seed: u64, n_tokens: u32) -> Request {
+    let sampling = SamplingParams { seed: Some(seed), temperature: 1.0, ..SamplingParams::default() };
+    Request { sampling, ..greedy(tokens(seed, 20), n_tokens) }
 }
 
 /// Greedy, from tokens.
