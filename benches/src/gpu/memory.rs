@@ -40,8 +40,9 @@ struct Order {
     leak_bytes: usize,
 }
 
-/// So many loads and unloads are always measured: a leak of a megabyte in each is then beyond what is allowed.
-const FEWEST_CYCLES: usize = 20;
+/// So many loads and unloads are always measured: a leak of a megabyte in each is then three times what is allowed, since
+/// the allocator's free pages, and how it uses them again, move a reading by several megabytes.
+const FEWEST_CYCLES: usize = 40;
 
 /// The process at one moment. Fields are `None` where the system does not tell.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +89,7 @@ pub(super) fn measure(model: &Path, place: &Place, args: &Args, program: &Path) 
     // Not mapped: mapped weights are the file's pages, which the system takes and gives as it likes.
     let config = EngineConfig { use_mmap: false, ..place.config(model, sizes, None, args.threads) };
     let order = if args.quick {
-        Order { config, n_cycles: 24, n_tokens: 1000, most_s: 6.0, leak_bytes: args.leak }
+        Order { config, n_cycles: FEWEST_CYCLES, n_tokens: 1000, most_s: 6.0, leak_bytes: args.leak }
     } else {
         Order { config, n_cycles: 50, n_tokens: 10_000, most_s: 300.0, leak_bytes: args.leak }
     };
@@ -317,7 +318,7 @@ mod tests {
         let found = lines(leaks);
         let failed: Vec<&str> =
             found.iter().filter(|growth| !growth.holds).map(|growth| growth.line.as_str()).collect();
-        assert_eq!(failed, ["CPU: over 20 loads and unloads the process grew by 13.0 MiB of 8.0 MiB allowed"]);
+        assert_eq!(failed, ["CPU: over 40 loads and unloads the process grew by 26.0 MiB of 8.0 MiB allowed"]);
     }
 
     #[test]
