@@ -33,6 +33,7 @@ fn main() {
         "shim/resident.cpp",
         "shim/rpc.cpp",
         "shim/speed.cpp",
+        "shim/state.cpp",
         "shim/trial.cpp",
     ])
     .compile("minerva_shim");

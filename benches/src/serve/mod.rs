@@ -1,4 +1,4 @@
-//! An HTTP load tool for OpenAI-compatible servers: the workloads of design.md, section 4, against ours and a peer.
+//! An HTTP load tool for OpenAI-compatible servers: the workloads of benches/README.md, against ours and a peer.
 //!
 //! Contenders take turns within one run (ours, peer, engine, ours, …), since only ratios of neighbouring rounds mean
 //! anything on a machine that others use too. Everything runs on one thread and little of it, because the servers need

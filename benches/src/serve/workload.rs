@@ -1,4 +1,4 @@
-//! The workloads of design.md, section 4, as numbers, and the requests that they are made of.
+//! The workloads of benches/README.md as numbers, and the requests that they are made of.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -34,7 +34,8 @@ pub trait Backend: Send {
     /// is then empty.
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool;
 
-    /// Makes `dst` hold the first `n_tokens` of `src`. `false` when the memory cannot be cut there; `dst` is then empty.
+    /// Makes `dst` hold the first `n_tokens` of `src`. `false` when the memory cannot be cut there; `dst` is then empty. What is done
+    /// to `src` afterwards does not change it, and it can be saved at once.
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) -> bool;
 
     /// All that `seq` holds, for [`restore`](Self::restore). `None` when it cannot be copied out or memory is missing.

@@ -4,7 +4,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// `MINERVA_CACHE_DIR`, or `minerva` in the user's cache folder; `None` without a home.
-pub(crate) fn cache_dir() -> Option<PathBuf> {
+pub fn cache_dir() -> Option<PathBuf> {
     let named = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     named("MINERVA_CACHE_DIR")
         .or_else(|| named("XDG_CACHE_HOME").map(|dir| dir.join("minerva")))

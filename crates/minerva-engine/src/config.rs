@@ -66,7 +66,7 @@ pub struct EngineConfig {
     /// Prompt tokens that may wait; a request that would pass this is refused.
     pub max_queued_tokens: usize,
     /// The longest gap between two tokens of a stream that prompts of others may cause, in milliseconds, as far as steps can be cut
-    /// that short. `None`: about three times what it is without them.
+    /// that short. `None`: about two and a half times what it is without them.
     pub max_itl_ms: Option<u64>,
     /// Host memory for what sequences held when they had to give their cells away, in bytes; 0 for none. `None` is a sixteenth
     /// of the host's memory, at most 8 GiB and a quarter of what the model leaves free.
@@ -179,7 +179,7 @@ impl ProjectorConfig {
 pub struct DraftConfig {
     /// The GGUF file (the first one of a split model).
     pub model_path: PathBuf,
-    /// Where to run: `auto` is beside the first layers of the main model, `cpu` the host; anything else has to be one of the main
+    /// Where to run: `auto` is beside most layers of the main model, `cpu` the host; anything else has to be one of the main
     /// model's devices.
     pub device: DeviceChoice,
     /// Layers on the device; never more than the model has. `None`: all.

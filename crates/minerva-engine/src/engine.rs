@@ -293,6 +293,12 @@ impl Engine {
         self.inner.shared.step_age()
     }
 
+    /// How many steps failed since the last one that did not, and how long ago the newest did; `None` when the last step was
+    /// computed. Several in a row mean that the device is lost.
+    pub fn failing_steps(&self) -> Option<(u64, Duration)> {
+        self.inner.shared.failing_steps()
+    }
+
     /// Whether the engine takes requests: not after [`drain`](Self::drain) or [`shutdown`](Self::shutdown), and not when its
     /// thread ended by a bug of ours.
     pub fn is_accepting(&self) -> bool {

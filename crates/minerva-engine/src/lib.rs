@@ -54,6 +54,7 @@ pub mod sim;
 mod slowed;
 mod tune;
 
+pub use cache::cache_dir;
 pub use config::{AdapterConfig, DraftConfig, DraftingConfig, EngineConfig, FlashAttention, KvType, ProjectorConfig};
 pub use constrain::{Constraint, ConstraintError, ConstraintStats};
 pub use disk::{ClientSecret, DiskCache};

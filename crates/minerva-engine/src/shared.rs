@@ -37,6 +37,9 @@ pub(crate) struct Shared {
     misses: [AtomicU64; Miss::ALL.len()],
     /// When the running step began, in microseconds since `start`; 0 when none runs.
     step_began_us: AtomicU64,
+    /// Steps that failed since the last one that did not, and when the newest did, as above.
+    failed_in_a_row: AtomicU64,
+    step_failed_us: AtomicU64,
 }
 
 /// What only grows.
@@ -89,6 +92,8 @@ impl Shared {
             cells_cached: AtomicU64::default(),
             parked_bytes: AtomicU64::default(),
             draft_cells: AtomicU64::default(),
+            failed_in_a_row: AtomicU64::default(),
+            step_failed_us: AtomicU64::default(),
             checkpoint_bytes: AtomicU64::default(),
             host_cache_limit_bytes,
             disk,
@@ -224,7 +229,15 @@ impl Shared {
         (began > 0).then(|| self.start.elapsed().saturating_sub(Duration::from_micros(began)))
     }
 
+    /// How many steps failed since the last one that did not, and how long ago the newest did.
+    pub(crate) fn failing_steps(&self) -> Option<(u64, Duration)> {
+        let n = self.failed_in_a_row.load(Relaxed);
+        let at = Duration::from_micros(self.step_failed_us.load(Relaxed));
+        (n > 0).then(|| (n, self.start.elapsed().saturating_sub(at)))
+    }
+
     pub(crate) fn count_step(&self, n_prefill: u64, backend_us: u64) {
+        self.failed_in_a_row.store(0, Relaxed);
         self.totals.steps.fetch_add(1, Relaxed);
         self.totals.prompt_tokens.fetch_add(n_prefill, Relaxed);
         self.totals.backend_us.fetch_add(backend_us, Relaxed);
@@ -303,5 +316,7 @@ impl Shared {
 
     pub(crate) fn count_failed_step(&self) {
         self.totals.failed_steps.fetch_add(1, Relaxed);
+        self.step_failed_us.store(self.start.elapsed().as_micros() as u64, Relaxed);
+        self.failed_in_a_row.fetch_add(1, Relaxed);
     }
 }

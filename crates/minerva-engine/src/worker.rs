@@ -274,7 +274,7 @@ impl Worker {
                 self.shared.count_draft(took_us);
             }
             Err(error) => {
-                tracing::warn!("the draft model is left alone from now on: {error}");
+                tracing::warn!("nothing is written ahead from now on: {error}");
                 self.drafter = None;
                 self.scheduler.no_drafts();
                 self.shared.count_draft_failed();
@@ -524,6 +524,7 @@ impl Worker {
         let Some(n_tokens) = self.scheduler.settle(seq) else { return };
         if !self.backend.truncate(seq, n_tokens) {
             self.scheduler.cut_failed(seq);
+            self.drafter = None; // nobody guesses any more, so a head need not follow
         }
     }
 

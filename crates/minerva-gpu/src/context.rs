@@ -81,6 +81,20 @@ impl GpuContext {
     /// [`GpuError::DeviceLost`] when the driver no longer answers for the device.
     pub fn estimate_memory(&self) -> Result<MemoryEstimate, GpuError> {
         let mut device = self.device().clone();
+        device.free_bytes = self.free_bytes(&device)?;
+        let limit_source = match self.options.memory_limit_bytes {
+            Some(_) => LimitSource::Override,
+            None => LimitSource::Share { percent: share_percent(device.kind) },
+        };
+        Ok(MemoryEstimate::of(&device, limit_source))
+    }
+
+    /// What is free now on one of [`devices`](Self::devices).
+    ///
+    /// # Errors
+    /// As [`estimate_memory`](Self::estimate_memory).
+    pub fn free_bytes(&self, device: &DeviceInfo) -> Result<u64, GpuError> {
+        let mut device = device.clone();
         match device.memory_kind {
             MemoryKind::Unified => device.free_bytes = SystemMemory::read().free_bytes,
             MemoryKind::Discrete => {}
@@ -89,11 +103,7 @@ impl GpuContext {
         if device.kind == GpuDevice::Cuda && device.nvml_index.is_some() {
             self.ask_driver(&mut device)?;
         }
-        let limit_source = match self.options.memory_limit_bytes {
-            Some(_) => LimitSource::Override,
-            None => LimitSource::Share { percent: share_percent(device.kind) },
-        };
-        Ok(MemoryEstimate::of(&device, limit_source))
+        Ok(device.free_bytes)
     }
 
     /// Makes sure that the device still answers and logs the guide's line. The CUDA or Metal context itself is llama.cpp's, made

@@ -74,29 +74,6 @@ int mnv_seq_cp(llama_context * ctx, llama_seq_id src, llama_seq_id dst, llama_po
     });
 }
 
-static llama_state_seq_flags mnv_state_flags(bool part) {
-    return part ? LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY : LLAMA_STATE_SEQ_FLAGS_NONE;
-}
-
-int mnv_state_seq_get(llama_context * ctx, llama_seq_id seq, bool part, uint8_t * dst, size_t * n, mnv_error * error) {
-    return mnv_guard(error, [&] {
-        const size_t needed = llama_state_seq_get_size_ext(ctx, seq, mnv_state_flags(part));
-        if (!dst || *n < needed) {
-            *n = needed;
-            return MNV_TOO_SMALL;
-        }
-        *n = llama_state_seq_get_data_ext(ctx, dst, *n, seq, mnv_state_flags(part));
-        return MNV_OK;
-    });
-}
-
-int mnv_state_seq_set(llama_context * ctx, llama_seq_id seq, bool part, const uint8_t * src, size_t n, bool * restored, mnv_error * error) {
-    return mnv_guard(error, [&] {
-        *restored = llama_state_seq_set_data_ext(ctx, src, n, seq, mnv_state_flags(part)) != 0;
-        return MNV_OK;
-    });
-}
-
 void mnv_string_free(char * string) {
     std::free(string);
 }

@@ -122,6 +122,33 @@ fn a_sequence_that_was_saved_continues_elsewhere_as_it_would_have() {
 }
 
 #[test]
+fn a_copy_holds_what_its_source_held_when_it_was_made() {
+    let model = load();
+    let tokens = |text: &str| model.tokenize(text, true, false).expect("tokenizes");
+    let (counted, other) = (tokens("One, two, three, four,"), tokens("The capital of France is the city of"));
+    for kv_unified in [false, true] {
+        let mut context = Context::new(&model, &ContextParams { kv_unified, ..small(4) }).expect("a context");
+        let answer = greedy(&mut context, &counted, 0, 1);
+        greedy(&mut context, &other, 1, 1);
+        let at = counted.len() as u32 - 1;
+        assert!(context.truncate_seq(0, at).expect("cuts"));
+        let another = context.save_seq(1).expect("saves");
+        // Nothing is computed between a copy and what follows it.
+        assert!(context.copy_seq(0, 2, at).expect("copies"));
+        let copied = context.save_seq(2).expect("saves");
+        assert!(context.copy_seq(0, 2, at).expect("copies"));
+        assert!(context.restore_seq(0, &another).expect("restores"));
+        assert!(context.restore_seq(3, &copied).expect("restores"));
+        for seq in [2, 3] {
+            let mut batch = Batch::new(&context);
+            batch.push(counted[at as usize], at, seq, true).expect("within limits");
+            context.decode(&mut batch).expect("decodes");
+            assert_eq!(argmax(context.logits(0).expect("asked for")), answer[0], "{seq}, unified {kv_unified}");
+        }
+    }
+}
+
+#[test]
 fn a_damaged_state_is_refused_and_the_context_lives() {
     let model = load();
     let mut context = Context::new(&model, &small(2)).expect("a context");

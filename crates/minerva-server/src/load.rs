@@ -119,6 +119,7 @@ fn load(app: &App, source: Source, warm: Option<&WarmFile>, is_cancelled: &Atomi
                 model = info.name,
                 device = placement.device,
                 gpu_layers = format_args!("{}/{}", placement.n_gpu_layers, placement.n_layers_total),
+                reason = placement.reason,
                 context = info.context_length_tokens,
                 sequences = info.n_seq_max,
                 threads = placement.n_threads,

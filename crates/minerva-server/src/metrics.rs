@@ -154,7 +154,11 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("kv_cells_used", "KV cells of running sequences.", stats.kv_cells_used),
         ("kv_cells_cached", "KV cells kept for reuse.", stats.kv_cells_cached),
         ("kv_cells_total", "All KV cells.", stats.kv_cells_total),
-        ("draft_kv_cells_used", "KV cells that the draft model holds.", stats.draft_cells_used),
+        (
+            "draft_kv_cells_used",
+            "KV cells that the draft model, or the model's own head, holds.",
+            stats.draft_cells_used,
+        ),
         ("host_cache_bytes", "Host memory with copies of sequences.", stats.host_cache_bytes),
         ("checkpoint_bytes", "Host memory with checkpoints, part of the copies of sequences.", stats.checkpoint_bytes),
         ("host_cache_limit_bytes", "The most that it may be.", stats.host_cache_limit_bytes),
@@ -173,9 +177,17 @@ fn print_engine(text: &mut Text, phase: &Phase) {
         ("requests_failed_total", "Accepted requests that failed.", stats.failed_total),
         ("guessed_tokens_total", "Tokens that were guessed and computed along.", stats.guessed_tokens_total),
         ("right_guesses_total", "Guessed tokens that were right.", stats.right_guesses_total),
-        ("draft_tokens_total", "Guessed tokens that the draft model wrote.", stats.drafted_tokens_total),
-        ("draft_tokens_accepted_total", "Tokens of the draft model that were right.", stats.right_drafts_total),
-        ("draft_failures_total", "Failures of the draft model; it is left alone after one.", stats.failed_drafts_total),
+        (
+            "draft_tokens_total",
+            "Guessed tokens that the draft model, or the model's own head, wrote.",
+            stats.drafted_tokens_total,
+        ),
+        ("draft_tokens_accepted_total", "Of these tokens, those that were right.", stats.right_drafts_total),
+        (
+            "draft_failures_total",
+            "Failures of the draft model or the head; nothing is written ahead after one.",
+            stats.failed_drafts_total,
+        ),
         ("preemptions_total", "Sequences that had to yield and wait again.", stats.preempted_total),
         ("restored_tokens_total", "Tokens whose cells came back from host memory.", stats.restored_tokens_total),
         ("checkpoints_taken_total", "Checkpoints taken of memory that cannot be cut.", stats.checkpoints_taken_total),
@@ -207,7 +219,12 @@ fn print_engine(text: &mut Text, phase: &Phase) {
     }
     let seconds = |us: u64| us as f64 / 1e6;
     text.single("engine_backend_seconds_total", "counter", "Time inside the backend.", seconds(stats.backend_us_total));
-    text.single("engine_draft_seconds_total", "counter", "Time inside the draft model.", seconds(stats.draft_us_total));
+    text.single(
+        "engine_draft_seconds_total",
+        "counter",
+        "Time inside the draft model, or inside the head while it guesses.",
+        seconds(stats.draft_us_total),
+    );
     text.single("engine_overhead_seconds_total", "counter", "Time between steps.", seconds(stats.overhead_us_total));
     text.single("sampler_seconds_total", "counter", "Time inside samplers.", seconds(stats.sampler_us_total));
     constraints::print(text, &constraint_stats);

@@ -30,7 +30,9 @@ pub(crate) fn run(
         Ok((plan, tuning)) => print(&format!("{plan}{}", said(&tuning))),
         Err(problem) => {
             let code = refuse(&format_args!("{problem:#}"));
-            if let Some(LoadError::NoFallback { table, .. }) = problem.downcast_ref() {
+            if let Some(LoadError::NoFallback { table, .. }) = problem.downcast_ref()
+                && !table.is_empty()
+            {
                 let _ = writeln!(std::io::stderr(), "what fits:\n{table}");
             }
             code

@@ -1,7 +1,6 @@
 //! How the programs use the engine's probe: the child is this very program, and so is what takes its place when the GPUs must be
 //! hidden from backends that crash before anything can be left out.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use minerva_engine::probe::{self, ProbeConfig, ProbeReport, run_probe_child};
@@ -31,22 +30,10 @@ pub(crate) fn default_config() -> Option<ProbeConfig> {
     let program = std::env::current_exe().ok()?;
     let known = std::env::var(KNOWN_PROBLEMS).ok().and_then(|json| serde_json::from_str(&json).ok());
     Some(ProbeConfig {
-        cache_file: cache_folder().map(|folder| folder.join("minerva").join("probe.json")),
+        cache_file: minerva_engine::cache_dir().map(|folder| folder.join("probe.json")),
         known: known.unwrap_or_default(),
         ..ProbeConfig::new(program, [PROBE.to_owned()])
     })
-}
-
-/// Where this user's programs keep what they can find out again.
-fn cache_folder() -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if cfg!(windows) {
-        variable("LOCALAPPDATA")
-    } else if cfg!(target_os = "macos") {
-        variable("HOME").map(|home| home.join("Library").join("Caches"))
-    } else {
-        variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))
-    }
 }
 
 /// Tries everything, or believes what an earlier process found. If backends of this program crash as soon as they start, this

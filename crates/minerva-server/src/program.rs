@@ -112,6 +112,7 @@ fn serve(loaded: Loaded) -> ExitCode {
             tracing::error!("{problem:#}");
             match problem.downcast_ref::<LoadError>() {
                 // What was asked for does not fit and nothing else may run: the table says what would.
+                Some(LoadError::NoFallback { table, .. }) if table.is_empty() => refuse(&"nothing fits"),
                 Some(LoadError::NoFallback { table, .. }) => refuse(&format_args!("what fits:\n{table}")),
                 _ => ExitCode::FAILURE,
             }

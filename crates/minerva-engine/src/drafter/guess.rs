@@ -50,11 +50,11 @@ pub struct Drafted {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DraftError {
-    /// The draft model could not compute a step.
-    #[error("the draft model failed to compute a step: {0}")]
+    /// The draft model, or the head, could not compute a step.
+    #[error("a step failed: {0}")]
     Step(#[from] StepError),
-    /// The draft model's step has no scores.
-    #[error("a step of the draft model has no scores")]
+    /// A step that it computed has no scores.
+    #[error("a step has no scores")]
     NoScores,
 }
 

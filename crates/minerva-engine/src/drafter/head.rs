@@ -20,7 +20,7 @@ use super::{Draft, DraftError, DraftSettings, Drafted, Drafter, Wish, sure_token
 use crate::backend::{Backend, BackendLimits, HeadBackend, Row, SeqId, StepError};
 use crate::request::TokenId;
 
-/// Rows of a sequence that may wait to be computed with its next guess.
+/// Rows of a sequence that may wait to be computed with its next guess, where so many fit into a batch beside the newest token.
 const MOST_WAITING: usize = 16;
 
 /// So many hidden states are kept of a sequence, for cuts behind wrong guesses: the longest guess has 64 tokens.
@@ -123,12 +123,12 @@ impl FollowedSeq {
 impl Follower {
     /// The model computed these rows; `hidden` has the state after each.
     fn follow(&mut self, rows: &[Row], hidden: &[f32]) {
-        if self.failure.is_some() || rows.is_empty() {
+        if rows.is_empty() {
             return;
         }
         self.n_hidden = hidden.len() / rows.len();
         if self.n_hidden == 0 {
-            self.failure = Some(StepError { cache_unchanged: true, message: "no hidden states".to_owned() });
+            self.give_up(StepError { cache_unchanged: true, message: "no hidden states".to_owned() });
             return;
         }
         for (row, state) in rows.iter().zip(hidden.chunks_exact(self.n_hidden)) {
@@ -166,7 +166,8 @@ impl Follower {
     /// Computes what waits too long: a prompt, or an answer for which no guess was wanted.
     fn catch_up(&mut self) {
         let mut longest = self.seqs.iter().map(|seq| seq.waiting.len()).max().unwrap_or(0);
-        while longest > MOST_WAITING && self.failure.is_none() {
+        let most_waiting = MOST_WAITING.min((self.limits.n_batch as usize).saturating_sub(1));
+        while longest > most_waiting && self.failure.is_none() {
             // One physical batch at a time: hidden states are large.
             let mut room = self.limits.n_ubatch.min(self.limits.n_batch).max(1) as usize;
             self.clear_rows();
@@ -209,11 +210,24 @@ impl Follower {
             self.seqs[row.seq as usize].restart();
         }
         if !error.cache_unchanged {
-            self.failure = Some(error);
+            self.give_up(error);
         }
     }
 
+    /// It follows no more: what it kept goes, and nothing is computed or copied for it.
+    fn give_up(&mut self, why: StepError) {
+        for (seq, followed) in (0..).zip(&mut self.seqs) {
+            self.head.truncate(seq, 0);
+            *followed = FollowedSeq::default();
+        }
+        (self.rows, self.states) = (Vec::new(), Vec::new());
+        self.failure.get_or_insert(why);
+    }
+
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) {
+        if self.failure.is_some() {
+            return;
+        }
         let n_hidden = self.n_hidden;
         let Some(followed) = self.seqs.get_mut(seq as usize) else { return };
         let end = followed.end;
@@ -224,6 +238,9 @@ impl Follower {
     }
 
     fn copy(&mut self, src: SeqId, dst: SeqId, n_tokens: u32) {
+        if self.failure.is_some() {
+            return;
+        }
         let Some(source) = self.seqs.get(src as usize) else { return };
         let mut copy = FollowedSeq {
             waiting: source.waiting.clone(),
@@ -376,7 +393,10 @@ impl Backend for Followed {
 
     fn decode(&mut self, rows: &[Row]) -> Result<(), StepError> {
         self.model.decode(rows)?;
-        lock(&self.follower).follow(rows, self.model.hidden());
+        let mut follower = lock(&self.follower);
+        if follower.failure.is_none() {
+            follower.follow(rows, self.model.hidden());
+        }
         Ok(())
     }
 
@@ -424,8 +444,8 @@ impl Backend for Followed {
 impl Drop for HeadDrafter {
     /// Nobody asks any more: the head need not follow.
     fn drop(&mut self) {
-        let nobody = || StepError { cache_unchanged: true, message: "nobody asks the head".to_owned() };
-        lock(&self.follower).failure.get_or_insert_with(nobody);
+        let nobody = StepError { cache_unchanged: true, message: "nobody asks the head".to_owned() };
+        lock(&self.follower).give_up(nobody);
     }
 }
 

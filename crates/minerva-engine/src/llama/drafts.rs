@@ -13,7 +13,7 @@ use minerva_llama::{Context, ContextKind, ContextParams, DeviceBytes, ExtraBuffe
 use super::backend::LlamaBackend;
 use super::claims::{Claim, Owner};
 use super::ladder::{out_of_memory, total};
-use super::machine::n_threads;
+use super::machine::{FreeNow, n_threads};
 use super::placement::{self, Planned, kv_type};
 use super::{Report, progress, root_cause};
 use crate::backend::Loaded;
@@ -135,12 +135,12 @@ pub(super) fn fit(
     planned: &Planned,
     load: &DraftLoad,
     simulation: &Simulation,
-    main: &[DeviceBytes],
-) -> Result<FittedDraft, String> {
+    (free, main): (&FreeNow, &[DeviceBytes]),
+) -> Result<FittedDraft, LoadError> {
     let context = context_params(config, planned, load);
     let simulated = simulation
         .memory_bytes(&context)
-        .map_err(|error| format!("the draft model has no context here: {}", root_cause(&error)))?;
+        .map_err(|error| setting(format!("has no context here: {}", root_cause(&error))))?;
     let position = load.device.map(|at| planned.plan.given_positions[at]);
     let owner = position.and_then(|position| planned.machine.llama_indices(&[position]).first().copied());
     let owners = owner.map(Owner::Device).into_iter().chain([Owner::Host]);
@@ -149,12 +149,12 @@ pub(super) fn fit(
     let claim = Claim::unless(parts, |claimed| {
         let (at, position, owner) = (load.device?, position?, Owner::Device(owner?));
         let of_main = main.get(at).map_or(0, total);
-        let room = planned.machine.room_now(position, claimed(owner).saturating_sub(of_main));
+        let room = planned.machine.room(position, free, claimed(owner).saturating_sub(of_main));
         let limit = planned.plan.devices[at].limit_bytes;
         let all = needed.saturating_add(of_main);
         (all > room).then(|| out_of_memory(limit, limit.saturating_sub(room), all))
     });
-    Ok(FittedDraft { context, simulated, claim: claim? })
+    Ok(FittedDraft { context, simulated, claim: claim.map_err(LoadError::Plan)? })
 }
 
 /// Loads the draft model beside the main one. Where that fails the main one goes on alone, and its status says why.
@@ -203,7 +203,7 @@ fn open(
         if matches!(error, minerva_llama::LoadError::Cancelled) { LoadError::Cancelled } else { error.into() }
     })?;
     let mut backend = LlamaBackend::new(Context::new(&model, &context)?, claim);
-    backend.warm_up();
+    backend.warm_up(false);
     let info = DraftInfo {
         name: EngineConfig::new(&draft.model_path).model_name(),
         description: model.description(),

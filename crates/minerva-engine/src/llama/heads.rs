@@ -27,6 +27,12 @@ pub(super) fn shape(config: &EngineConfig, model: &ModelShape) -> Result<Option<
         return Ok(None);
     }
     let head = HeadShape::of(model);
+    if head.is_none() && model.n_head_layers() > 0 {
+        tracing::info!(
+            "The model's own head is not used: heads of {} files of this kind are not known here",
+            model.architecture
+        );
+    }
     if head.is_none() && config.speculation == Speculation::Draft {
         return Err(LoadError::Setting {
             name: "speculation",
@@ -70,10 +76,15 @@ pub(super) fn add(
 ) -> Result<(Loaded, ModelInfo), LoadError> {
     progress(report, "head", 0.96)?;
     let FittedDraft { context, simulated, claim } = fitted;
-    let head = match Context::new(model, &context) {
-        Ok(head) => LlamaBackend::new(head, claim),
-        Err(error) => {
-            let text = format!("the model's head cannot be used: {}", root_cause(&error));
+    let head = Context::new(model, &context).map_err(|error| root_cause(&error)).and_then(|head| {
+        let mut head = LlamaBackend::new(head, claim);
+        head.warm_up_head().map_err(|error| error.to_string())?;
+        Ok(head)
+    });
+    let head = match head {
+        Ok(head) => head,
+        Err(problem) => {
+            let text = format!("the model's head cannot be used: {problem}");
             tracing::warn!("{text}");
             info.placement.steps_down.push(text);
             return Ok((loaded, info));

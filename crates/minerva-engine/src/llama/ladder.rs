@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 
-use minerva_gpu::plan::{PlanError, Rung};
+use minerva_gpu::plan::{PlanDeviceKind, PlanError, PlanHost, Rung};
 use minerva_llama::{ContextParams, DeviceBytes, Simulation};
 
 use super::claims::{Claim, Owner};
 use super::drafts::FittedDraft;
-use super::machine::Machine;
+use super::machine::{FreeNow, Machine};
 use super::placement::Planned;
 use super::tuning::{self, Tuning};
 use super::{Report, drafts, heads, load_weights, overhead, placement, progress, root_cause, start};
@@ -23,7 +23,10 @@ pub(super) fn climb_down(
     machine: Machine,
     report: &mut Report<'_>,
 ) -> Result<(Loaded, ModelInfo), LoadError> {
-    let planned = placement::plan(config, machine)?;
+    let mut planned = placement::plan(config, machine)?;
+    let (config, planned_machine) = placement::as_planned(config, &planned.machine.planned, &planned.plan);
+    planned.machine.planned = planned_machine;
+    let (config, planned) = (&config, planned);
     let mut steps: Vec<String> = Vec::new();
     let mut next = 0;
     loop {
@@ -53,10 +56,10 @@ pub(super) fn climb_down(
         let lower = &planned.plan.rungs[below];
         if loses_draft_only {
             tracing::warn!("{} is given up", if heads::of(rung).is_some() { "the head" } else { "the draft model" });
-        } else if lower.is_cpu() {
-            tracing::warn!("GPU OOM, falling back to CPU");
         } else {
-            tracing::warn!("GPU OOM, falling back to {lower}");
+            let what = if failure.is_out_of_memory { "GPU OOM" } else { "Load failed" };
+            let to = if lower.is_cpu() { "CPU".to_owned() } else { lower.to_string() };
+            tracing::warn!("{what}, falling back to {to}");
         }
         steps.push(failure.text);
         next = below;
@@ -87,28 +90,32 @@ struct Fitted<'a> {
     draft: Option<FittedDraft>,
 }
 
-/// Asks llama.cpp for the exact figures, compares them with what is free now, and claims it.
+/// Asks llama.cpp for the exact figures, compares them with what was free before anything of the rung was loaded, and claims it.
 fn fit<'a>(
     config: Cow<'a, EngineConfig>,
     rung: Cow<'a, Rung>,
     planned: &Planned,
+    free: &FreeNow,
     (simulation, draft): (&Simulation, Option<&Simulation>),
 ) -> Result<Fitted<'a>, Box<Failure>> {
     let context = planned.context_params(&config, &rung);
     let simulated =
         simulation.memory_bytes(&context).map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
-    let no_room = |text: String| {
-        let error = LoadError::NoFallback { problem: text.clone(), table: String::new() };
+    let no_room = |error: LoadError| {
+        let text = root_cause(&error);
         Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
     };
     let head = heads::of(&rung).map(|_| heads::fit(simulation, &context)).transpose();
     let head = head.map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
     let of_both = (simulated.iter().enumerate())
         .map(|(at, bytes)| total(bytes) + head.as_ref().and_then(|head| head.simulated.get(at)).map_or(0, total));
-    let claim = claim(planned, &rung, &of_both.collect::<Vec<_>>()).map_err(no_room)?;
+    let claim = claim(planned, &rung, free, &of_both.collect::<Vec<_>>())
+        .map_err(|problem| no_room(LoadError::Plan(problem)))?;
     let draft = match draft.zip(rung.draft.as_ref()) {
         None => head,
-        Some((simulation, load)) => Some(drafts::fit(&config, planned, load, simulation, &simulated).map_err(no_room)?),
+        Some((simulation, load)) => {
+            Some(drafts::fit(&config, planned, load, simulation, (free, &simulated)).map_err(no_room)?)
+        }
     };
     Ok(Fitted { config, rung, context, simulated, claim, draft })
 }
@@ -127,11 +134,13 @@ fn try_rung(
     let draft = rung.draft.as_ref().filter(|load| !load.is_head);
     let draft = draft.map(|load| drafts::simulate(config, planned, load)).transpose().map_err(failed)?;
     let simulations = (&simulation, draft.as_ref());
-    let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, simulations);
+    // Once: where settings are measured, the weights are there before the last of them are compared.
+    let free = planned.machine.free_now();
+    let by_default = || fit(Cow::Borrowed(config), Cow::Borrowed(rung), planned, &free, simulations);
     let with = |settings: &TunedSettings| {
         let machine = &planned.machine.planned;
         let (config, rung) = tuning::tuned(config, planned.shapes(), machine, rung, settings)?;
-        fit(config, rung, planned, simulations).ok()
+        fit(config, rung, planned, &free, simulations).ok()
     };
     let not_now = |settings: &TunedSettings, found: TuneReport| TuneReport {
         source: TuneSource::Defaults,
@@ -168,7 +177,10 @@ fn try_rung(
     let Fitted { config, rung, context, simulated, claim, draft } = fitted;
     let status = Placement { tuning: found, ..planned.status(&config, &rung, &simulated) };
     let of_draft = draft.as_ref().map_or(0, |fitted| bytes_on_devices(&fitted.simulated));
-    let mut loaded = start(&config, &model, &context, rung.context_tokens, status, claim, report).map_err(failed)?;
+    let devices = &planned.plan.devices[..rung.placement.n_devices()];
+    let start_with = (claim, devices.iter().any(|device| device.kind == PlanDeviceKind::Cuda));
+    let mut loaded =
+        start(&config, &model, &context, rung.context_tokens, status, start_with, report).map_err(failed)?;
     if let Some((fitted, load)) = draft.zip(rung.draft.as_ref()) {
         if load.is_head {
             loaded = heads::add(&config, planned, &model, (load, fitted), loaded, report).map_err(failed)?;
@@ -191,24 +203,40 @@ fn bytes_on_devices(simulated: &[DeviceBytes]) -> u64 {
     simulated.iter().filter(|bytes| bytes.device != "Host").map(total).sum()
 }
 
-/// Claims what llama.cpp says that the load takes on each device and on the host, or has the guide's error when a device has less room now.
-fn claim(planned: &Planned, rung: &Rung, needed_bytes: &[u64]) -> Result<Claim, String> {
+/// Claims what llama.cpp says that the load takes on each device and on the host, or has the guide's error when one of them had less
+/// room.
+fn claim(planned: &Planned, rung: &Rung, free: &FreeNow, needed_bytes: &[u64]) -> Result<Claim, PlanError> {
     let positions = &planned.plan.given_positions[..rung.placement.n_devices()];
     let owners: Vec<Owner> = planned.machine.llama_indices(positions).into_iter().map(Owner::Device).collect();
     // The host comes last.
+    let on_host = needed_bytes.last().copied().unwrap_or(0);
     let parts = owners.iter().copied().chain([Owner::Host]).zip(needed_bytes.iter().copied()).collect();
     Claim::unless(parts, |claimed| {
         let devices = planned.plan.devices.iter().zip(positions).zip(&owners);
         let mut devices = devices.zip(needed_bytes);
-        devices.find_map(|(((device, &position), &owner), &needed)| {
-            let room = planned.machine.room_now(position, claimed(owner));
+        let on_devices = devices.find_map(|(((device, &position), &owner), &needed)| {
+            let room = planned.machine.room(position, free, claimed(owner));
             (needed > room).then(|| out_of_memory(device.limit_bytes, device.limit_bytes.saturating_sub(room), needed))
-        })
+        });
+        on_devices.or_else(|| host_problem(&planned.plan.host, rung, free.host, on_host))
     })
 }
 
-pub(super) fn out_of_memory(limit_bytes: u64, used_bytes: u64, needed_bytes: u64) -> String {
-    PlanError::OutOfMemory { what: "GPU", used_bytes, needed_bytes, limit_bytes }.to_string()
+/// Whether the host had too little for what has to be allocated there of `needed_bytes`.
+fn host_problem(host: &PlanHost, rung: &Rung, free_bytes: u64, needed_bytes: u64) -> Option<PlanError> {
+    let estimate = &rung.estimate;
+    let mapped = estimate.host.total_bytes() - estimate.host_allocated_bytes(host.maps_weights);
+    let allocated = needed_bytes.saturating_sub(mapped);
+    (allocated > free_bytes).then(|| PlanError::OutOfMemory {
+        what: "system",
+        used_bytes: host.total_bytes.saturating_sub(free_bytes),
+        needed_bytes: allocated,
+        limit_bytes: host.total_bytes,
+    })
+}
+
+pub(super) fn out_of_memory(limit_bytes: u64, used_bytes: u64, needed_bytes: u64) -> PlanError {
+    PlanError::OutOfMemory { what: "GPU", used_bytes, needed_bytes, limit_bytes }
 }
 
 pub(super) fn total(bytes: &DeviceBytes) -> u64 {

@@ -5,6 +5,7 @@ use minerva_gpu::gguf::GgmlType;
 use minerva_gpu::plan::{PlanDevice, PlanDeviceKind, PlanHost, PlanMachine, of_nominal_bandwidth};
 use minerva_gpu::{
     BuildBackends, CpuInfo, DeviceChoice, DeviceInfo, GpuContext, GpuDevice, GpuOptions, MemoryEstimate, MemoryKind,
+    SystemMemory,
 };
 use minerva_llama::{Device, DeviceKind};
 
@@ -22,6 +23,16 @@ pub(super) struct Machine {
     llama_indices: Vec<usize>,
     /// For RPC devices: whose they are.
     pub(super) addresses: Vec<Option<String>>,
+    /// For local devices: which they are.
+    local: Vec<Option<DeviceInfo>>,
+}
+
+/// What was free at one moment.
+#[derive(Debug, Clone)]
+pub(super) struct FreeNow {
+    /// On each device of the planned machine.
+    devices: Vec<u64>,
+    pub(super) host: u64,
 }
 
 impl Machine {
@@ -33,13 +44,13 @@ impl Machine {
         }
         let options = GpuOptions { choice: config.device, build, memory_limit_bytes: config.memory_limit_bytes };
         let mut gpu = GpuContext::with_options(options)?;
-        if let Some(reason) = gpu.fallback_reason().filter(|_| rpc.is_empty()) {
+        if let Some(reason) = gpu.fallback_reason().filter(|_| rpc.is_empty() && config.fallback_to_cpu) {
             tracing::warn!("{reason}, falling back to CPU");
         }
         let memory = gpu.initialize_for_inference()?;
         let host = host(config, &gpu, &memory);
         let planned = PlanMachine { devices: Vec::new(), host };
-        let mut machine = Self { gpu, planned, llama_indices: Vec::new(), addresses: Vec::new() };
+        let mut machine = Self { gpu, planned, llama_indices: Vec::new(), addresses: Vec::new(), local: Vec::new() };
         machine.add_local_devices(config.device)?;
         for device in minerva_llama::devices().iter().filter(|device| rpc.contains(&device.index)) {
             machine.add_rpc_device(device, n_threads(config, &machine.gpu.machine().cpu));
@@ -64,18 +75,24 @@ impl Machine {
         positions.iter().filter_map(|&position| self.llama_indices.get(position).copied()).collect()
     }
 
-    /// What could be used now of the device at this position of the planned machine: another process may have come since.
-    /// Other models of this process hold `taken_bytes` of it.
-    pub(super) fn room_now(&self, position: usize, taken_bytes: u64) -> u64 {
-        let device = &self.planned.devices[position];
-        let free_bytes = match (&self.addresses[position], self.gpu.estimate_memory()) {
-            (Some(_), _) => {
-                self.llama_indices.get(position).map_or(0, |&index| minerva_llama::devices()[index].free_bytes)
+    /// What is free now: another process may have come since the plan was made.
+    pub(super) fn free_now(&self) -> FreeNow {
+        let seen = minerva_llama::devices();
+        let devices = self.planned.devices.iter().enumerate().map(|(position, device)| match &self.local[position] {
+            // A driver that does not answer fails the load itself.
+            Some(local) => self.gpu.free_bytes(local).unwrap_or(device.free_bytes),
+            None => {
+                self.llama_indices.get(position).and_then(|&index| seen.get(index)).map_or(0, |seen| seen.free_bytes)
             }
-            (None, Ok(memory)) if device.name == self.gpu.device().name => memory.free_bytes,
-            (None, _) => device.free_bytes,
-        };
-        PlanDevice { free_bytes, taken_bytes, ..device.clone() }.room_bytes()
+        });
+        FreeNow { devices: devices.collect(), host: SystemMemory::read().free_bytes }
+    }
+
+    /// What could be used of the device at this position of the planned machine when `free` was seen. Other models of this process hold
+    /// `taken_bytes` of it.
+    pub(super) fn room(&self, position: usize, free: &FreeNow, taken_bytes: u64) -> u64 {
+        let free_bytes = free.devices[position];
+        PlanDevice { free_bytes, taken_bytes, ..self.planned.devices[position].clone() }.room_bytes()
     }
 
     /// The selected GPU, and with `auto` or `cuda` every other usable one of its kind.
@@ -91,7 +108,7 @@ impl Machine {
         for device in self.gpu.devices().to_vec().iter().filter(|device| is_taken(device)) {
             let problem = || format!("llama.cpp does not see {}", device.name);
             let index = llama_device(device).ok_or_else(|| LoadError::Setting { name: "gpu", problem: problem() })?;
-            self.add(local(device), index, None);
+            self.add(local(device), index, None, Some(device.clone()));
         }
         Ok(())
     }
@@ -103,14 +120,15 @@ impl Machine {
         if let Some(speed) = measured(device, n_threads) {
             (planned.bandwidth, planned.crossing_ns) = (speed.bandwidth, speed.crossing_ns);
         }
-        self.add(planned, device.index, Some(device.description.clone()));
+        self.add(planned, device.index, Some(device.description.clone()), None);
     }
 
-    fn add(&mut self, device: PlanDevice, llama_index: usize, address: Option<String>) {
+    fn add(&mut self, device: PlanDevice, llama_index: usize, address: Option<String>, local: Option<DeviceInfo>) {
         let taken_bytes = claimed(Owner::Device(llama_index));
         self.planned.devices.push(PlanDevice { taken_bytes, ..device });
         self.llama_indices.push(llama_index);
         self.addresses.push(address);
+        self.local.push(local);
     }
 }
 

@@ -55,7 +55,8 @@ pub(crate) fn plan(
     projector: Option<&ProjectorConfig>,
 ) -> Result<(Plan, TuneReport), LoadError> {
     let (shapes, plan) = placement::plan_for(config, machine, projector)?;
-    Ok(tuning::planned(config, (&shapes.model, shapes.head.as_ref()), machine, plan))
+    let (config, machine) = placement::as_planned(config, machine, &plan);
+    Ok(tuning::planned(&config, (&shapes.model, shapes.head.as_ref()), &machine, plan))
 }
 
 /// This machine, for a plan that people read: its speed is measured even where it decides nothing.
@@ -82,14 +83,14 @@ fn load_weights(config: &EngineConfig, params: &ModelParams, report: &mut Report
     Ok(model)
 }
 
-/// Makes the context over loaded weights and computes a first token.
+/// Makes the context over loaded weights and computes a first token, or a first full batch.
 fn start(
     config: &EngineConfig,
     model: &Arc<Model>,
     context_params: &ContextParams,
     context_tokens: u32,
     placement: Placement,
-    claim: Claim,
+    (claim, warms_fully): (Claim, bool),
     report: &mut Report<'_>,
 ) -> Result<(Loaded, ModelInfo), LoadError> {
     progress(report, "context", 0.93)?;
@@ -99,7 +100,7 @@ fn start(
     let context_length_tokens = context_tokens.min(context.n_ctx_seq());
     let mut backend = LlamaBackend::new(context, claim);
     progress(report, "warm-up", 0.95)?;
-    backend.warm_up();
+    backend.warm_up(warms_fully);
     let info = ModelInfo {
         name: config.model_name(),
         description: model.description(),

@@ -40,9 +40,14 @@ impl HeadShape {
 }
 
 impl ModelShape {
+    /// Layers of the file that predict further tokens, whether they can be used here ([`HeadShape::of`]) or not.
+    pub fn n_head_layers(&self) -> u32 {
+        self.n_layers_all - self.n_layers
+    }
+
     fn head(&self) -> Option<Self> {
         let is_known = self.is_one_of(&ARCHITECTURES) && self.memory == Memory::Attention;
-        if !is_known || !self.may_have_head || self.n_layers_all != self.n_layers + 1 {
+        if !is_known || !self.may_have_head || self.n_head_layers() != 1 {
             return None;
         }
         let layer = self.layers.get(self.n_layers as usize)?;

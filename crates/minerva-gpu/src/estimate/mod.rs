@@ -27,7 +27,7 @@ pub use projector::{PictureSize, ProjectorEstimate, ProjectorSettings, Projector
 pub(crate) use reading::{DeviceReads, layer_bytes, reads_per_token};
 pub use settings::LoadSettings;
 
-use crate::gguf::{GgmlType, GgufError};
+use crate::gguf::{GgmlType, GgufError, TensorInfo};
 use adapter::LowRank;
 use cache::CacheShape;
 use graph::Backend;
@@ -74,23 +74,27 @@ pub struct DeviceTraits {
     /// Computes while the host goes on: several such devices that hold a whole model work on several steps at once, and
     /// llama.cpp keeps four copies of what goes in.
     pub pipelines: bool,
+    /// Offers pinned memory of the host. Weights that stay on the host are then not repacked.
+    pub pins_host: bool,
 }
 
 impl DeviceTraits {
     /// The host (`TENSOR_ALIGNMENT` in ggml-impl.h).
-    pub const HOST: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: false };
+    pub const HOST: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: false, pins_host: false };
     /// A server that lends its own memory (ggml-rpc.cpp).
-    pub const RPC: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: true };
+    pub const RPC: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: true, pins_host: false };
     /// An NVIDIA device (ggml-cuda.cu).
-    pub const CUDA: Self = Self { alignment_bytes: 128, offload_from_tokens: Some(32), pipelines: true };
+    pub const CUDA: Self =
+        Self { alignment_bytes: 128, offload_from_tokens: Some(32), pipelines: true, pins_host: true };
     /// A Mac's GPU (ggml-metal.cpp): it sees the host's memory, so nothing is fetched.
-    pub const METAL: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: false };
+    pub const METAL: Self = Self { alignment_bytes: 32, offload_from_tokens: None, pipelines: false, pins_host: false };
 }
 
 /// What the host does with weights.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostTraits {
-    /// Types that the host's matrix code repacks: a tied output layer of such a type is kept twice.
+    /// Types that the host's matrix code repacks: such weights are allocated even where the file is mapped, and a tied output layer of
+    /// such a type is kept twice.
     pub repacked_types: Vec<GgmlType>,
 }
 
@@ -119,6 +123,18 @@ pub struct Estimate {
     pub devices: Vec<DeviceLoad>,
     /// The host: what is not on a device.
     pub host: DeviceLoad,
+    /// Of the host's weights, what is repacked: never the file's own pages.
+    #[serde(default)]
+    pub repacked_bytes: u64,
+}
+
+impl Estimate {
+    /// What has to be allocated on the host, where the file is mapped or where it is not: the system can drop the pages of a mapped
+    /// file and read them again.
+    pub fn host_allocated_bytes(&self, maps_weights: bool) -> u64 {
+        let mapped = if maps_weights { self.host.weights_bytes.saturating_sub(self.repacked_bytes) } else { 0 };
+        self.host.total_bytes().saturating_sub(mapped)
+    }
 }
 
 /// Bytes that a load with these settings takes on each device.
@@ -133,13 +149,13 @@ pub fn estimate(
 ) -> Estimate {
     let backends = backends(placement, devices);
     let cache = CacheShape::of(model, settings);
-    let mut loads = held(model, placement, &cache, &backends, host);
+    let (mut loads, repacked_bytes) = held(model, placement, &cache, &backends, host);
     for (load, bytes) in loads.iter_mut().zip(compute_bytes(model, settings, placement, &cache, &backends)) {
         load.compute_bytes = bytes;
     }
     let mut host = loads.pop().unwrap_or_default();
     host.compute_bytes = host.compute_bytes.saturating_add(head::hidden_bytes(model, settings));
-    Estimate { devices: loads, host }
+    Estimate { devices: loads, host, repacked_bytes }
 }
 
 /// As [`estimate`], without scratch: a hundred times faster, and a lower bound.
@@ -150,9 +166,10 @@ pub(crate) fn estimate_held(
     devices: &[DeviceTraits],
     host: &HostTraits,
 ) -> Estimate {
-    let mut loads = held(model, placement, &CacheShape::of(model, settings), &backends(placement, devices), host);
+    let cache = CacheShape::of(model, settings);
+    let (mut loads, repacked_bytes) = held(model, placement, &cache, &backends(placement, devices), host);
     let host = loads.pop().unwrap_or_default();
-    Estimate { devices: loads, host }
+    Estimate { devices: loads, host, repacked_bytes }
 }
 
 fn backends(placement: &Placement, devices: &[DeviceTraits]) -> Vec<DeviceTraits> {
@@ -160,22 +177,29 @@ fn backends(placement: &Placement, devices: &[DeviceTraits]) -> Vec<DeviceTraits
     (0..placement.n_devices()).map(traits).chain([DeviceTraits::HOST]).collect()
 }
 
-/// Weights and cache per backend, the host last.
+/// Weights and cache per backend, the host last; and what the host repacks.
 fn held(
     model: &ModelShape,
     placement: &Placement,
     cache: &CacheShape,
     backends: &[DeviceTraits],
     host: &HostTraits,
-) -> Vec<DeviceLoad> {
+) -> (Vec<DeviceLoad>, u64) {
     let mut loads = vec![DeviceLoad::default(); backends.len()];
+    let mut repacked_bytes: u64 = 0;
+    let on_host = backends.len() - 1;
+    let repacks = !backends[..on_host].iter().any(|device| device.pins_host);
     let pad = |bytes: u64, backend: usize| {
         let alignment = backends[backend].alignment_bytes.max(1);
         bytes.div_ceil(alignment).saturating_mul(alignment)
     };
-    each_weight(model, placement, host, |bytes, backend| {
-        let load = &mut loads[backend];
-        load.weights_bytes = load.weights_bytes.saturating_add(pad(bytes, backend));
+    each_weight(model, placement, host, |weight, backend| {
+        let (load, bytes) = (&mut loads[backend], pad(weight.tensor.bytes, backend));
+        load.weights_bytes = load.weights_bytes.saturating_add(bytes);
+        let is_of_type = host.repacked_types.contains(&weight.tensor.ggml_type);
+        if repacks && backend == on_host && weight.is_multiplied && is_of_type {
+            repacked_bytes = repacked_bytes.saturating_add(bytes);
+        }
     });
     for il in 0..model.n_layers_all {
         let backend = placement.layer_backend(il);
@@ -183,31 +207,39 @@ fn held(
             loads[backend].cache_bytes = loads[backend].cache_bytes.saturating_add(pad(bytes, backend));
         }
     }
-    loads
+    (loads, repacked_bytes)
 }
 
-/// Calls `add` with the bytes and the place of every tensor that a load reads.
-fn each_weight(model: &ModelShape, placement: &Placement, host: &HostTraits, mut add: impl FnMut(u64, usize)) {
+/// A tensor that a load reads.
+struct Weight<'a> {
+    tensor: &'a TensorInfo,
+    /// Whether a matrix product reads it; rows of a table are looked up.
+    is_multiplied: bool,
+}
+
+/// Calls `add` with every tensor that a load reads, and its place.
+fn each_weight(model: &ModelShape, placement: &Placement, host: &HostTraits, mut add: impl FnMut(Weight<'_>, usize)) {
+    let multiplied = |tensor| Weight { tensor, is_multiplied: true };
     for (il, layer) in (0..model.n_layers).zip(&model.layers) {
         for (name, tensor) in &layer.tensors {
-            add(tensor.bytes, placement.tensor_backend(il, name));
+            add(multiplied(tensor), placement.tensor_backend(il, name));
         }
         for (name, parts) in model.adapters.layer(il) {
             let tensors = parts.iter().flat_map(LowRank::tensors);
-            tensors.for_each(|tensor| add(tensor.bytes, placement.tensor_backend(il, name)));
+            tensors.for_each(|tensor| add(multiplied(tensor), placement.tensor_backend(il, name)));
         }
     }
     for (name, tensor) in &model.outside {
-        add(tensor.bytes, placement.outside_backend(name));
+        add(Weight { tensor, is_multiplied: name == "output.weight" }, placement.outside_backend(name));
     }
     for (name, parts) in model.adapters.outside() {
         let tensors = parts.iter().flat_map(LowRank::tensors);
-        tensors.for_each(|tensor| add(tensor.bytes, placement.outside_backend(name)));
+        tensors.for_each(|tensor| add(multiplied(tensor), placement.outside_backend(name)));
     }
     if let (true, Some(table)) = (model.is_tied(), model.outside.get("token_embd.weight")) {
         let on_device = placement.output_backend() < placement.n_devices();
         if on_device || host.repacked_types.contains(&table.ggml_type) {
-            add(table.bytes, placement.output_backend());
+            add(multiplied(table), placement.output_backend());
         }
     }
 }

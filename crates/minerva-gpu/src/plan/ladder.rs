@@ -52,7 +52,9 @@ pub(super) fn below(search: &Search<'_>, best: &Rung) -> Vec<Rung> {
             break;
         }
         smaller.gave_up.push(gave_up);
-        if smaller.settings.ubatch_tokens <= MIN_UBATCH_TOKENS && smaller.settings.context_tokens == n_cells {
+        let has_least_scratch =
+            smaller.settings.ubatch_tokens <= MIN_UBATCH_TOKENS || search.wishes.ubatch_tokens.is_some();
+        if has_least_scratch && smaller.settings.context_tokens == n_cells {
             add(&mut rungs, &smaller, quarter, n_experts_left);
         }
         if smaller.settings.context_tokens == n_cells / 4 {

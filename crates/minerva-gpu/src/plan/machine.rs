@@ -151,9 +151,10 @@ pub struct PlanHost {
     pub taken_bytes: u64,
     /// Bytes of weights that matrix-vector products read per second, all threads together.
     pub bandwidth: u64,
-    /// Weights are mapped from the file: the system can drop and read them again, so they need not fit.
+    /// Weights are mapped from the file: the system can drop and read them again, so they need not fit. Those that are repacked
+    /// must.
     pub maps_weights: bool,
-    /// Weight types that are kept twice where the output layer is the token table.
+    /// Weight types that are repacked.
     #[serde(skip)]
     pub traits: HostTraits,
 }

@@ -300,8 +300,7 @@ impl<'a> Search<'a> {
 
     /// What has to be allocated on the host.
     fn host_bytes(&self, estimate: &Estimate) -> u64 {
-        let weights = if self.host.maps_weights { estimate.host.weights_bytes } else { 0 };
-        estimate.host.total_bytes().saturating_sub(weights)
+        estimate.host_allocated_bytes(self.host.maps_weights)
     }
 
     fn host_excess(&self, estimate: &Estimate) -> u64 {

@@ -23,8 +23,7 @@ fn fits(plan: &Plan) {
         for (load, device) in rung.estimate.devices.iter().zip(&plan.devices) {
             assert!(load.total_bytes() <= device.budget_bytes(), "{rung}");
         }
-        let host = &rung.estimate.host;
-        assert!(host.total_bytes() - host.weights_bytes <= plan.host.free_bytes, "{rung}");
+        assert!(rung.estimate.host_allocated_bytes(plan.host.maps_weights) <= plan.host.free_bytes, "{rung}");
     }
 }
 
@@ -208,6 +207,49 @@ fn without_room_and_without_a_fallback_there_is_the_guides_error() {
         &PlanMachine { host: PlanHost { maps_weights: false, ..PlanHost::empty(GIB) }, devices: vec![] },
     );
     assert!(error.unwrap_err().to_string().starts_with("Out of memory: system memory exceeded"));
+}
+
+#[test]
+fn repacked_weights_must_fit_though_the_file_is_mapped() {
+    let (model, wishes) = (shape("llama2-7b-q4_0"), Wishes { n_sequences: Some(1), ..Wishes::default() });
+    let with = |text: &str, repacked: &[GgmlType]| {
+        let mut machine = machine(text);
+        machine.host.traits.repacked_types = repacked.to_vec();
+        plan(&model, &wishes, &machine)
+    };
+    // 3.6 GiB of weights, which the system may drop as long as they are the file's.
+    let repacked = [GgmlType::Q4_0, GgmlType::Q4_K];
+    let stored = with("ram:3GiB", &[]).unwrap();
+    assert_eq!(stored.best().estimate.repacked_bytes, 0);
+    assert!(matches!(with("ram:3GiB", &repacked), Err(PlanError::OutOfMemory { what: "system", .. })));
+    fits(&with("ram:3GiB", &[GgmlType::Q4_K]).unwrap());
+    let roomy = with("ram:16GiB", &repacked).unwrap();
+    let (all, looked_up) = (roomy.best().estimate.host.weights_bytes, 32_000 * 4096 / 32 * 18); // the token table
+    let repacked_bytes = roomy.best().estimate.repacked_bytes;
+    assert!(
+        repacked_bytes <= all - looked_up && repacked_bytes > (all - looked_up) / 100 * 99,
+        "{repacked_bytes} of {all}"
+    );
+    // Beside a device that pins host memory nothing is repacked; beside one that does not, what is left on the host is.
+    let repacked_beside = |device: &str| {
+        let plan = with(&format!("{device}:3GiB,ram:16GiB"), &repacked).unwrap();
+        fits(&plan);
+        assert!((1..33).contains(&plan.best().placement.n_gpu_layers()), "{plan}");
+        plan.best().estimate.repacked_bytes
+    };
+    assert_eq!(repacked_beside("cuda"), 0);
+    assert!((1..repacked_bytes).contains(&repacked_beside("rpc")));
+}
+
+#[test]
+fn a_fixed_micro_batch_leaves_the_rungs_below_fewer_layers() {
+    let wishes =
+        Wishes { n_sequences: Some(2), ubatch_tokens: Some(512), may_quantise_cache: true, ..Wishes::default() };
+    let plan = plan(&shape("llama2-7b-q4_0"), &wishes, &machine("cuda:24GiB,ram:64GiB")).unwrap();
+    fits(&plan);
+    assert_eq!(plan.best().settings.cache_type_k, GgmlType::F16, "{plan}");
+    assert!(plan.rungs.iter().any(|rung| !rung.is_cpu() && rung.settings.cache_type_k == GgmlType::Q8_0), "{plan}");
+    assert!(plan.rungs.iter().all(|rung| rung.settings.ubatch_tokens == 512), "{plan}");
 }
 
 #[test]

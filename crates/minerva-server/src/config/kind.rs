@@ -76,7 +76,7 @@ impl Kind {
                 if matches!(self, Self::Megabytes { .. }) && text.eq_ignore_ascii_case("auto") {
                     return Ok(nothing());
                 }
-                if matches!(self, Self::Megabytes { zero: true }) && text == "0" {
+                if matches!(self, Self::Megabytes { zero: true }) && (text == "0" || text.eq_ignore_ascii_case("off")) {
                     return Ok(Value::from(0_u64));
                 }
                 let bytes = minerva_gpu::parse_bytes(text).ok().filter(|bytes| *bytes >= self.min_bytes());
@@ -131,7 +131,7 @@ impl Kind {
             Self::Seconds { max } => format!("a number of seconds above 0 and up to {max}"),
             Self::Share => "a number from 0 to 1".to_owned(),
             Self::Megabytes { zero } => {
-                let zero = if zero { ", or 0" } else { "" };
+                let zero = if zero { ", or 0; `off` is 0" } else { "" };
                 format!(
                     "a size with its unit such as `4gb` or `512mb`, or `auto`; in the config file, a number of MiB{zero}"
                 )
@@ -206,6 +206,7 @@ mod tests {
         assert!(LIMIT.parse_text("0").is_err() && LIMIT.parse_json(&Json::from(0)).is_err());
         let cache = Kind::Megabytes { zero: true };
         assert_eq!((limit(cache.parse_text("0")), limit(cache.parse_json(&Json::from(0)))), (Some(0), Some(0)));
+        assert_eq!((limit(cache.parse_text("Off")), LIMIT.parse_text("off").is_err()), (Some(0), true));
     }
 
     #[test]

@@ -132,7 +132,8 @@ const HOUR: Kind = Kind::Seconds { max: 3_600.0 };
 pub static SETTINGS: &[Setting] = &[
     // The model.
     setting("model.path", "MINERVA_MODEL", "model", Kind::Text, Initial::Unset,
-        "The GGUF file to run (the first one of a split model).").short('m'),
+        "The GGUF file to run (the first one of a split model). What cargo starts in a checkout finds the default model without it, through \
+        `MINERVA_TEST_MODEL`.").short('m'),
     setting("model.name", "MINERVA_MODEL_NAME", "model-name", Kind::Text, Initial::Unset,
         "The name that requests use for the model, next to `default`. Unset: the file name without `.gguf`.")
         .short('a').alias(&["alias"]),
@@ -172,7 +173,7 @@ pub static SETTINGS: &[Setting] = &[
         "The most device memory to use: a number of MiB in the config file, a size with a unit (`4gb`) elsewhere. `auto`: \
         80 % of a CUDA device, half of the system's memory with Metal, a quarter of it on the CPU."),
     setting("gpu.fallback_to_cpu", "MINERVA_CPU_FALLBACK", "cpu-fallback", Kind::Bool, Initial::Bool(true),
-        "Run on the CPU when the GPU has no room for the model, instead of exiting.").off("no-fallback"),
+        "Run on the CPU when no GPU can be used, or none has room for the model, instead of exiting.").off("no-fallback"),
     setting("gpu.rpc_servers", "MINERVA_RPC", "rpc", Kind::List { secret: false }, Initial::Empty,
         "RPC servers (`minerva rpc-worker` on other machines) that take layers of the model like GPUs: `host:port`, or \
         `host:port=24gb` to use no more than that of each of its devices. See docs/rpc.md."),
@@ -243,7 +244,7 @@ pub static SETTINGS: &[Setting] = &[
         a restart too. Off unless set. See \"On disk\" in docs/architecture.md for what is written."),
     setting("performance.cache_dir", "MINERVA_CACHE_KV_DIR", "cache-dir", Kind::Text, Initial::Unset,
         "The folder for `performance.cache_disk_size_mb`, for one server at a time. By default `kv` in Minerva's cache folder \
-        (`MINERVA_CACHE_DIR`, or `~/.cache/minerva`)."),
+        (`MINERVA_CACHE_DIR`, or `minerva` in the user's: `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`)."),
     setting("performance.warm_file", "MINERVA_WARM", "warm", Kind::Text, Initial::Unset,
         "A file of prompts that are computed before the server is ready and stay in host memory: each line a text, or a JSON object \
         with `prompt` or `messages` and, if it may give way to others, `\"pin\": false`."),

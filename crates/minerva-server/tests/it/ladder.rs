@@ -80,6 +80,21 @@ fn without_a_fallback_the_table_is_printed_and_the_exit_code_is_2() {
     is_refused_with_the_table(&Worker::start(Some(rungs()[0] / 2)).address);
 }
 
+#[test]
+fn without_a_fallback_a_machine_without_a_gpu_is_no_place_for_auto() {
+    let output = Command::new(env!("CARGO_BIN_EXE_minerva-server"))
+        .args(["-m", &model(), "--port", "0", "--gpu=auto", "--no-fallback", "--ctx", "512"])
+        .env_clear()
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    if cfg!(not(target_os = "macos")) {
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("what fits:") && !text.contains("falling back to CPU"), "{text}");
+    }
+}
+
 /// The server on a device that shrinks to `free_bytes` at a question: layers and steps down, after a look at its log.
 async fn load_on(device: &Shrinking) -> (u64, usize) {
     let args = ["-m", &model(), "--rpc", &device.address, "--parallel", "2", "--ctx", "8192", "--threads", "1"];

@@ -118,8 +118,14 @@ async fn a_server_with_a_worker_puts_layers_there_and_outlives_it() {
 
     worker.kill().unwrap();
     worker.wait().unwrap();
-    let answer = post(process.address, "/v1/completions", body).await;
-    assert_eq!(answer.status, 500, "{}", answer.text());
+    assert_eq!(get(process.address, "/health/ready").await.status, 200);
+    for _ in 0..3 {
+        let answer = post(process.address, "/v1/completions", body).await;
+        assert_eq!(answer.status, 500, "{}", answer.text());
+    }
+    let ready = get(process.address, "/health/ready").await;
+    assert_eq!((ready.status, ready.json()), (503, json!({"status": "failing"})), "every step fails");
+    assert_eq!(get(process.address, "/health/live").await.status, 200);
     process.signal("-TERM");
     assert_eq!(process.wait(Duration::from_secs(10)).code(), Some(0));
     let log: Vec<String> = process.log.iter().collect();
