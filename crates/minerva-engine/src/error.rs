@@ -92,6 +92,9 @@ pub enum LoadError {
     /// The model does not fit where it was asked to go, or settings contradict each other. The texts are the guide's.
     #[error(transparent)]
     Plan(minerva_gpu::plan::PlanError),
+    /// A first step failed, though there was room for it.
+    #[error("the first full batch: {0}")]
+    WarmUp(crate::backend::StepError),
     /// The plan failed and falling back is not allowed.
     #[error("{problem}")]
     NoFallback {

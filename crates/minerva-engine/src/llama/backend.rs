@@ -23,44 +23,39 @@ impl LlamaBackend {
         Self { context, batch, sizes, _claim: claim }
     }
 
-    /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request. With
-    /// `with_full_batch` also as many as are computed at once: a GPU's libraries take their workspaces with the first large batch, and
-    /// what a load takes is to be known when it ends.
+    /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.
     ///
     /// On a thread that ends: OpenMP keeps a team of threads for every thread that ever computed, and once there are more of
     /// them than cores it stops spinning at its barriers. A team left behind on the caller's thread made every later step
     /// half as slow again (docs/benchmarks.md).
-    pub(crate) fn warm_up(&mut self, with_full_batch: bool) {
-        let steps = || {
-            self.decode_one();
-            if with_full_batch {
-                self.decode_full();
-            }
-        };
-        thread::scope(|scope| scope.spawn(steps).join()).unwrap_or_else(|_| {
+    pub(crate) fn warm_up(&mut self) {
+        thread::scope(|scope| scope.spawn(|| self.decode_one()).join()).unwrap_or_else(|_| {
             tracing::warn!("the warm-up step panicked");
         });
+    }
+
+    /// As [`warm_up`](Self::warm_up), with as many tokens as are computed at once. A GPU's libraries take their workspaces with the first
+    /// large batch: what a load takes is to be known when it ends, and whether there was room for it.
+    pub(crate) fn warm_up_fully(&mut self) -> Result<(), StepError> {
+        let token = self.context.model().bos().unwrap_or(0);
+        let n = self.context.n_ubatch().min(self.context.n_batch()).min(self.context.n_ctx_seq());
+        let rows: Vec<Row> = (0..n).map(|pos| Row { seq: 0, token, pos, output: pos + 1 == n }).collect();
+        self.forgotten(|backend| backend.decode(&rows))
+    }
+
+    /// Computes on a thread that ends, and forgets what was computed.
+    fn forgotten(&mut self, step: impl FnOnce(&mut Self) -> Result<(), StepError> + Send) -> Result<(), StepError> {
+        let panicked = || StepError { cache_unchanged: false, message: "the warm-up step panicked".to_owned() };
+        thread::scope(|scope| scope.spawn(|| step(self)).join()).unwrap_or_else(|_| Err(panicked()))?;
+        self.truncate(0, 0);
+        Ok(())
     }
 
     /// As [`warm_up`](Self::warm_up), of a head: one token, from a hidden state of zeros.
     pub(crate) fn warm_up_head(&mut self) -> Result<(), StepError> {
         let token = self.context.model().bos().unwrap_or(0);
         let hidden = vec![0.0; self.context.model().n_hidden()];
-        let step = || self.decode_after(&[Row { seq: 0, token, pos: 0, output: true }], &hidden);
-        let failed = |message: &str| StepError { cache_unchanged: false, message: message.to_owned() };
-        thread::scope(|scope| scope.spawn(step).join()).unwrap_or_else(|_| Err(failed("the warm-up step panicked")))?;
-        self.truncate(0, 0);
-        Ok(())
-    }
-
-    fn decode_full(&mut self) {
-        let token = self.context.model().bos().unwrap_or(0);
-        let n = self.context.n_ubatch().min(self.context.n_batch()).min(self.context.n_ctx_seq());
-        let rows: Vec<Row> = (0..n).map(|pos| Row { seq: 0, token, pos, output: pos + 1 == n }).collect();
-        if let Err(error) = self.decode(&rows) {
-            tracing::warn!("the warm-up of a full batch failed: {error}");
-        }
-        self.truncate(0, 0);
+        self.forgotten(|head| head.decode_after(&[Row { seq: 0, token, pos: 0, output: true }], &hidden))
     }
 
     fn decode_one(&mut self) {

@@ -203,7 +203,7 @@ fn open(
         if matches!(error, minerva_llama::LoadError::Cancelled) { LoadError::Cancelled } else { error.into() }
     })?;
     let mut backend = LlamaBackend::new(Context::new(&model, &context)?, claim);
-    backend.warm_up(false);
+    backend.warm_up();
     let info = DraftInfo {
         name: EngineConfig::new(&draft.model_path).model_name(),
         description: model.description(),

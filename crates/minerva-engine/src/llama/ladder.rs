@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 
+use minerva_gpu::estimate::Estimate;
 use minerva_gpu::plan::{PlanDeviceKind, PlanError, PlanHost, Rung};
 use minerva_llama::{ContextParams, DeviceBytes, Simulation};
 
 use super::claims::{Claim, Owner};
 use super::drafts::FittedDraft;
 use super::machine::{FreeNow, Machine};
-use super::placement::Planned;
+use super::placement::{Planned, config_of};
 use super::tuning::{self, Tuning};
 use super::{Report, drafts, heads, load_weights, overhead, placement, progress, root_cause, start};
 use crate::backend::Loaded;
@@ -23,15 +24,12 @@ pub(super) fn climb_down(
     machine: Machine,
     report: &mut Report<'_>,
 ) -> Result<(Loaded, ModelInfo), LoadError> {
-    let mut planned = placement::plan(config, machine)?;
-    let (config, planned_machine) = placement::as_planned(config, &planned.machine.planned, &planned.plan);
-    planned.machine.planned = planned_machine;
-    let (config, planned) = (&config, planned);
+    let planned = placement::plan(config, machine)?;
     let mut steps: Vec<String> = Vec::new();
     let mut next = 0;
     loop {
         let rung = &planned.plan.rungs[next];
-        let failure = match try_rung(config, &planned, rung, report) {
+        let failure = match try_rung(&config_of(config, rung), &planned, rung, report) {
             Ok((loaded, mut info)) => {
                 steps.append(&mut info.placement.steps_down);
                 info.placement.steps_down = steps;
@@ -57,7 +55,11 @@ pub(super) fn climb_down(
         if loses_draft_only {
             tracing::warn!("{} is given up", if heads::of(rung).is_some() { "the head" } else { "the draft model" });
         } else {
-            let what = if failure.is_out_of_memory { "GPU OOM" } else { "Load failed" };
+            let what = match failure.is_out_of_memory {
+                true if failure.is_on_host => "Out of memory",
+                true => "GPU OOM",
+                false => "Load failed",
+            };
             let to = if lower.is_cpu() { "CPU".to_owned() } else { lower.to_string() };
             tracing::warn!("{what}, falling back to {to}");
         }
@@ -76,6 +78,8 @@ struct Failure {
     /// For the log, in the guide's words where memory was short.
     text: String,
     is_out_of_memory: bool,
+    /// It was the host's memory.
+    is_on_host: bool,
     /// A smaller load may succeed where this one failed.
     may_step_down: bool,
 }
@@ -103,7 +107,8 @@ fn fit<'a>(
         simulation.memory_bytes(&context).map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
     let no_room = |error: LoadError| {
         let text = root_cause(&error);
-        Box::new(Failure { error, text, is_out_of_memory: true, may_step_down: true })
+        let is_on_host = matches!(error, LoadError::Plan(PlanError::OutOfMemory { what: "system", .. }));
+        Box::new(Failure { error, text, is_out_of_memory: true, is_on_host, may_step_down: true })
     };
     let head = heads::of(&rung).map(|_| heads::fit(simulation, &context)).transpose();
     let head = head.map_err(|error| Box::new(Failure::of(error.into(), planned, &rung)))?;
@@ -178,7 +183,7 @@ fn try_rung(
     let status = Placement { tuning: found, ..planned.status(&config, &rung, &simulated) };
     let of_draft = draft.as_ref().map_or(0, |fitted| bytes_on_devices(&fitted.simulated));
     let devices = &planned.plan.devices[..rung.placement.n_devices()];
-    let start_with = (claim, devices.iter().any(|device| device.kind == PlanDeviceKind::Cuda));
+    let start_with = (claim, !rung.is_cpu() && devices.iter().all(|device| device.kind == PlanDeviceKind::Cuda));
     let mut loaded =
         start(&config, &model, &context, rung.context_tokens, status, start_with, report).map_err(failed)?;
     if let Some((fitted, load)) = draft.zip(rung.draft.as_ref()) {
@@ -224,9 +229,12 @@ fn claim(planned: &Planned, rung: &Rung, free: &FreeNow, needed_bytes: &[u64]) -
 
 /// Whether the host had too little for what has to be allocated there of `needed_bytes`.
 fn host_problem(host: &PlanHost, rung: &Rung, free_bytes: u64, needed_bytes: u64) -> Option<PlanError> {
-    let estimate = &rung.estimate;
-    let mapped = estimate.host.total_bytes() - estimate.host_allocated_bytes(host.maps_weights);
-    let allocated = needed_bytes.saturating_sub(mapped);
+    // The head's weights are loaded with the model's.
+    let estimates = [Some(&rung.estimate), heads::of(rung).map(|head| &head.estimate)];
+    let mapped = |estimate: &Estimate| {
+        estimate.host.total_bytes().saturating_sub(estimate.host_allocated_bytes(host.maps_weights))
+    };
+    let allocated = estimates.into_iter().flatten().map(mapped).fold(needed_bytes, u64::saturating_sub);
     (allocated > free_bytes).then(|| PlanError::OutOfMemory {
         what: "system",
         used_bytes: host.total_bytes.saturating_sub(free_bytes),
@@ -248,7 +256,7 @@ impl Failure {
         let cause = root_cause(&error);
         // llama.cpp has no code for it: all of its allocation errors say so in words.
         let is_out_of_memory = ["alloc", "out of memory"].iter().any(|word| cause.to_lowercase().contains(word));
-        let may_step_down = matches!(error, LoadError::Llama(_)) && !rung.is_cpu();
+        let may_step_down = matches!(error, LoadError::Llama(_) | LoadError::WarmUp(_)) && !rung.is_cpu();
         let text = if is_out_of_memory && !rung.is_cpu() {
             // The device said that it had the room: only the attempt shows that it has not.
             let needed: u64 = rung.estimate.devices.iter().map(minerva_gpu::estimate::DeviceLoad::total_bytes).sum();
@@ -259,6 +267,6 @@ impl Failure {
         } else {
             format!("the load failed: {cause}")
         };
-        Self { error, text, is_out_of_memory, may_step_down }
+        Self { error, text, is_out_of_memory, is_on_host: false, may_step_down }
     }
 }

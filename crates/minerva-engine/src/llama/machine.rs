@@ -61,6 +61,12 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Why there is no GPU, where one is wanted and nothing else may do.
+    pub(super) fn no_gpu(&self, config: &EngineConfig) -> Option<&str> {
+        let is_wanted = !config.fallback_to_cpu && config.n_gpu_layers != Some(0);
+        self.gpu.fallback_reason().filter(|_| is_wanted && self.planned.devices.is_empty())
+    }
+
     /// Takes what the host really reads per second for what hosts usually do.
     pub(super) fn measure_host(&mut self, config: &EngineConfig) {
         let cpu = minerva_llama::devices().into_iter().find(|device| device.kind == DeviceKind::Cpu);
@@ -108,7 +114,9 @@ impl Machine {
         for device in self.gpu.devices().to_vec().iter().filter(|device| is_taken(device)) {
             let problem = || format!("llama.cpp does not see {}", device.name);
             let index = llama_device(device).ok_or_else(|| LoadError::Setting { name: "gpu", problem: problem() })?;
-            self.add(local(device), index, None, Some(device.clone()));
+            // llama.cpp has made a CUDA device's context to look at it: what that took is not free any more.
+            let free_bytes = self.gpu.free_bytes(device).unwrap_or(device.free_bytes);
+            self.add(PlanDevice { free_bytes, ..local(device) }, index, None, Some(device.clone()));
         }
         Ok(())
     }

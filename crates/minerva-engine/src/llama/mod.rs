@@ -55,13 +55,16 @@ pub(crate) fn plan(
     projector: Option<&ProjectorConfig>,
 ) -> Result<(Plan, TuneReport), LoadError> {
     let (shapes, plan) = placement::plan_for(config, machine, projector)?;
-    let (config, machine) = placement::as_planned(config, machine, &plan);
-    Ok(tuning::planned(&config, (&shapes.model, shapes.head.as_ref()), &machine, plan))
+    let config = placement::config_of(config, plan.best());
+    Ok(tuning::planned(&config, (&shapes.model, shapes.head.as_ref()), machine, plan))
 }
 
 /// This machine, for a plan that people read: its speed is measured even where it decides nothing.
 pub(crate) fn machine(config: &EngineConfig) -> Result<PlanMachine, LoadError> {
     let mut machine = probed(config)?;
+    if let Some(reason) = machine.no_gpu(config) {
+        return Err(LoadError::NoFallback { problem: reason.to_owned(), table: String::new() });
+    }
     machine.measure_host(config);
     Ok(machine.planned)
 }
@@ -100,7 +103,10 @@ fn start(
     let context_length_tokens = context_tokens.min(context.n_ctx_seq());
     let mut backend = LlamaBackend::new(context, claim);
     progress(report, "warm-up", 0.95)?;
-    backend.warm_up(warms_fully);
+    backend.warm_up();
+    if warms_fully {
+        backend.warm_up_fully().map_err(LoadError::WarmUp)?;
+    }
     let info = ModelInfo {
         name: config.model_name(),
         description: model.description(),

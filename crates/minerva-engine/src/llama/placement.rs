@@ -3,9 +3,9 @@
 use std::fmt::Display;
 use std::path::Path;
 
-use minerva_gpu::estimate::{HeadShape, HostTraits, LoadSettings, ModelShape, ProjectorShape};
+use minerva_gpu::estimate::{HeadShape, LoadSettings, ModelShape, ProjectorShape};
 use minerva_gpu::gguf::{GgmlType, Header};
-use minerva_gpu::plan::{Companions, Plan, PlanError, PlanHost, PlanMachine, ProjectorWishes, Rung, Wishes, plan_with};
+use minerva_gpu::plan::{Companions, Plan, PlanError, PlanMachine, ProjectorWishes, Rung, Wishes, plan_with};
 use minerva_llama::{
     Adapter, ContextKind, ContextParams, DeviceBytes, ExtraBuffers, ModelParams, Simulation, VocabSize,
 };
@@ -37,8 +37,7 @@ pub(super) struct Shapes {
 /// Plans for a machine that was looked at.
 pub(super) fn plan(config: &EngineConfig, machine: Machine) -> Result<Planned, LoadError> {
     let (shapes, plan) = plan_for(config, &machine.planned, None)?;
-    let no_gpu = machine.gpu.fallback_reason().filter(|_| machine.planned.devices.is_empty());
-    if let Some(reason) = no_gpu.filter(|_| !config.fallback_to_cpu) {
+    if let Some(reason) = machine.no_gpu(config) {
         return Err(LoadError::NoFallback { problem: reason.to_owned(), table: plan.to_string() });
     }
     Ok(Planned { machine, plan, model: shapes.model, draft: shapes.draft, head: shapes.head })
@@ -65,9 +64,7 @@ pub(super) fn plan_for(
         let trained = model.context_train_tokens;
         tracing::warn!("a context of {context} tokens is more than the {trained} that the model was trained for");
     }
-    let plan = shapes.plan(config, &wishes, machine);
-    let plan = plan.or_else(|problem| shapes.plan_as_stored(config, &wishes, machine).ok_or(problem));
-    let plan = plan.map_err(|problem| match problem {
+    let plan = shapes.plan(config, &wishes, machine).map_err(|problem| match problem {
         PlanError::Wish { setting, problem } => LoadError::Setting { name: setting, problem },
         PlanError::OutOfMemory { .. } if !config.fallback_to_cpu => {
             // Nothing else may run; the table says what would.
@@ -107,27 +104,11 @@ impl Shapes {
         }
         Ok(plan)
     }
-
-    /// The plan with weights as the file has them, which the system can drop and read again: slower, and better than no plan. `None`
-    /// where nothing is repacked anyway, or that does not fit either.
-    fn plan_as_stored(&self, config: &EngineConfig, wishes: &Wishes, machine: &PlanMachine) -> Option<Plan> {
-        if !machine.host.maps_weights || machine.host.traits == HostTraits::default() {
-            return None;
-        }
-        let host = PlanHost { traits: HostTraits::default(), ..machine.host.clone() };
-        let mut plan = self.plan(config, wishes, &PlanMachine { host, ..machine.clone() }).ok()?;
-        let gave_up = "weights in this CPU's own layout: they would have to fit in memory";
-        plan.rungs.iter_mut().for_each(|rung| rung.gave_up.push(gave_up.to_owned()));
-        Some(plan)
-    }
 }
 
-/// The configuration and the machine as a plan has them: without weights in the CPU's own layout if it has no room for them.
-pub(super) fn as_planned(config: &EngineConfig, machine: &PlanMachine, plan: &Plan) -> (EngineConfig, PlanMachine) {
-    let repacks = plan.host.traits == machine.host.traits;
-    let config = EngineConfig { use_extra_buffers: config.use_extra_buffers && repacks, ..config.clone() };
-    let host = PlanHost { traits: plan.host.traits.clone(), ..machine.host.clone() };
-    (config, PlanMachine { host, ..machine.clone() })
+/// The configuration as a rung has it: without weights in the CPU's own layout if it has no room for them.
+pub(super) fn config_of(config: &EngineConfig, rung: &Rung) -> EngineConfig {
+    EngineConfig { use_extra_buffers: config.use_extra_buffers && !rung.as_stored, ..config.clone() }
 }
 
 /// A load without weights and without the tokenizer, for exact sizes.
@@ -320,36 +301,5 @@ pub(super) fn kv_type(ggml_type: GgmlType) -> KvType {
         GgmlType::Q4_0 => KvType::Q4_0,
         GgmlType::IQ4_NL => KvType::Iq4Nl,
         _ => KvType::F16,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use minerva_gpu::synthetic;
-
-    use super::*;
-
-    #[test]
-    fn weights_that_have_no_room_in_the_cpus_own_layout_stay_as_the_file_has_them() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("model.gguf");
-        let shape = synthetic::shape("llama2-7b-q4_0").expect("a known shape");
-        fs::write(&path, shape.header_bytes()).expect("written");
-        let file = fs::File::options().write(true).open(&path).expect("opens");
-        file.set_len(shape.file_bytes()).expect("as long as it says"); // holes: nothing reads the weights
-        let config = EngineConfig { context_length_tokens: Some(512), n_seq_max: Some(1), ..EngineConfig::new(&path) };
-        let planned_on = |text: &str| {
-            let mut machine: PlanMachine = text.parse().expect("a machine");
-            machine.host.traits.repacked_types = vec![GgmlType::Q4_0];
-            let (_, plan) = plan_for(&config, &machine, None).expect("a plan");
-            let gave_up = plan.best().gave_up.iter().any(|what| what.starts_with("weights in this CPU's own layout"));
-            let (config, machine) = as_planned(&config, &machine, &plan);
-            assert_eq!(machine.host.traits, plan.host.traits);
-            (config.use_extra_buffers, gave_up)
-        };
-        assert_eq!(planned_on("ram:3GiB"), (false, true));
-        assert_eq!(planned_on("ram:16GiB"), (true, false));
     }
 }

@@ -188,7 +188,8 @@ fn engine(model: &Arc<Model>, setup: &Setup) -> Engine {
     let context = Context::new(model, &params).expect("a context");
     let claim = Claim::unless(Vec::new(), |_| None::<()>).expect("nothing is claimed");
     let mut backend = LlamaBackend::new(context, claim);
-    backend.warm_up(true);
+    backend.warm_up();
+    backend.warm_up_fully().expect("a full batch");
     let config =
         SimConfig { host_cache_bytes: 64 << 20, max_checkpoints: setup.max_checkpoints, ..SimConfig::default() };
     let serving = config.serving();

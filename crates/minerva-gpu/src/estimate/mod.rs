@@ -123,16 +123,16 @@ pub struct Estimate {
     pub devices: Vec<DeviceLoad>,
     /// The host: what is not on a device.
     pub host: DeviceLoad,
-    /// Of the host's weights, what is repacked: never the file's own pages.
+    /// Of the host's weights, what is never the file's own pages: repacked ones, and adapters.
     #[serde(default)]
-    pub repacked_bytes: u64,
+    pub copied_weights_bytes: u64,
 }
 
 impl Estimate {
     /// What has to be allocated on the host, where the file is mapped or where it is not: the system can drop the pages of a mapped
     /// file and read them again.
     pub fn host_allocated_bytes(&self, maps_weights: bool) -> u64 {
-        let mapped = if maps_weights { self.host.weights_bytes.saturating_sub(self.repacked_bytes) } else { 0 };
+        let mapped = if maps_weights { self.host.weights_bytes.saturating_sub(self.copied_weights_bytes) } else { 0 };
         self.host.total_bytes().saturating_sub(mapped)
     }
 }
@@ -149,13 +149,13 @@ pub fn estimate(
 ) -> Estimate {
     let backends = backends(placement, devices);
     let cache = CacheShape::of(model, settings);
-    let (mut loads, repacked_bytes) = held(model, placement, &cache, &backends, host);
+    let (mut loads, copied_weights_bytes) = held(model, placement, &cache, &backends, host);
     for (load, bytes) in loads.iter_mut().zip(compute_bytes(model, settings, placement, &cache, &backends)) {
         load.compute_bytes = bytes;
     }
     let mut host = loads.pop().unwrap_or_default();
     host.compute_bytes = host.compute_bytes.saturating_add(head::hidden_bytes(model, settings));
-    Estimate { devices: loads, host, repacked_bytes }
+    Estimate { devices: loads, host, copied_weights_bytes }
 }
 
 /// As [`estimate`], without scratch: a hundred times faster, and a lower bound.
@@ -167,9 +167,9 @@ pub(crate) fn estimate_held(
     host: &HostTraits,
 ) -> Estimate {
     let cache = CacheShape::of(model, settings);
-    let (mut loads, repacked_bytes) = held(model, placement, &cache, &backends(placement, devices), host);
+    let (mut loads, copied_weights_bytes) = held(model, placement, &cache, &backends(placement, devices), host);
     let host = loads.pop().unwrap_or_default();
-    Estimate { devices: loads, host, repacked_bytes }
+    Estimate { devices: loads, host, copied_weights_bytes }
 }
 
 fn backends(placement: &Placement, devices: &[DeviceTraits]) -> Vec<DeviceTraits> {
@@ -177,7 +177,7 @@ fn backends(placement: &Placement, devices: &[DeviceTraits]) -> Vec<DeviceTraits
     (0..placement.n_devices()).map(traits).chain([DeviceTraits::HOST]).collect()
 }
 
-/// Weights and cache per backend, the host last; and what the host repacks.
+/// Weights and cache per backend, the host last; and what the host copies of its weights.
 fn held(
     model: &ModelShape,
     placement: &Placement,
@@ -186,9 +186,10 @@ fn held(
     host: &HostTraits,
 ) -> (Vec<DeviceLoad>, u64) {
     let mut loads = vec![DeviceLoad::default(); backends.len()];
-    let mut repacked_bytes: u64 = 0;
+    let mut copied_bytes: u64 = 0;
     let on_host = backends.len() - 1;
-    let repacks = !backends[..on_host].iter().any(|device| device.pins_host);
+    let nothing = HostTraits::default();
+    let host = if backends[..on_host].iter().any(|device| device.pins_host) { &nothing } else { host };
     let pad = |bytes: u64, backend: usize| {
         let alignment = backends[backend].alignment_bytes.max(1);
         bytes.div_ceil(alignment).saturating_mul(alignment)
@@ -196,9 +197,13 @@ fn held(
     each_weight(model, placement, host, |weight, backend| {
         let (load, bytes) = (&mut loads[backend], pad(weight.tensor.bytes, backend));
         load.weights_bytes = load.weights_bytes.saturating_add(bytes);
-        let is_of_type = host.repacked_types.contains(&weight.tensor.ggml_type);
-        if repacks && backend == on_host && weight.is_multiplied && is_of_type {
-            repacked_bytes = repacked_bytes.saturating_add(bytes);
+        let is_copied = match weight.read_by {
+            Reader::Lookup => false,
+            Reader::Product => host.repacked_types.contains(&weight.tensor.ggml_type),
+            Reader::Adapter => true,
+        };
+        if backend == on_host && is_copied {
+            copied_bytes = copied_bytes.saturating_add(bytes);
         }
     });
     for il in 0..model.n_layers_all {
@@ -207,34 +212,44 @@ fn held(
             loads[backend].cache_bytes = loads[backend].cache_bytes.saturating_add(pad(bytes, backend));
         }
     }
-    (loads, repacked_bytes)
+    (loads, copied_bytes)
 }
 
 /// A tensor that a load reads.
 struct Weight<'a> {
     tensor: &'a TensorInfo,
-    /// Whether a matrix product reads it; rows of a table are looked up.
-    is_multiplied: bool,
+    read_by: Reader,
+}
+
+enum Reader {
+    /// Rows of a table.
+    Lookup,
+    /// A matrix product.
+    Product,
+    /// A product of an adapter, whose weights llama.cpp always copies and never repacks.
+    Adapter,
 }
 
 /// Calls `add` with every tensor that a load reads, and its place.
 fn each_weight(model: &ModelShape, placement: &Placement, host: &HostTraits, mut add: impl FnMut(Weight<'_>, usize)) {
-    let multiplied = |tensor| Weight { tensor, is_multiplied: true };
+    let multiplied = |tensor| Weight { tensor, read_by: Reader::Product };
+    let adapter = |tensor| Weight { tensor, read_by: Reader::Adapter };
     for (il, layer) in (0..model.n_layers).zip(&model.layers) {
         for (name, tensor) in &layer.tensors {
             add(multiplied(tensor), placement.tensor_backend(il, name));
         }
         for (name, parts) in model.adapters.layer(il) {
             let tensors = parts.iter().flat_map(LowRank::tensors);
-            tensors.for_each(|tensor| add(multiplied(tensor), placement.tensor_backend(il, name)));
+            tensors.for_each(|tensor| add(adapter(tensor), placement.tensor_backend(il, name)));
         }
     }
     for (name, tensor) in &model.outside {
-        add(Weight { tensor, is_multiplied: name == "output.weight" }, placement.outside_backend(name));
+        let read_by = if name == "output.weight" { Reader::Product } else { Reader::Lookup };
+        add(Weight { tensor, read_by }, placement.outside_backend(name));
     }
     for (name, parts) in model.adapters.outside() {
         let tensors = parts.iter().flat_map(LowRank::tensors);
-        tensors.for_each(|tensor| add(multiplied(tensor), placement.outside_backend(name)));
+        tensors.for_each(|tensor| add(adapter(tensor), placement.outside_backend(name)));
     }
     if let (true, Some(table)) = (model.is_tied(), model.outside.get("token_embd.weight")) {
         let on_device = placement.output_backend() < placement.n_devices();

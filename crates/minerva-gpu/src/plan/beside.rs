@@ -86,5 +86,7 @@ fn gives_up_nothing(with: &Rung, without: &Rung) -> bool {
         let experts = placement.expert_layers_on_host().len();
         (placement.n_gpu_layers(), experts, settings.n_sequences, settings.context_tokens, rung.context_tokens)
     };
-    kept(with) == kept(without) && with.settings.kv_unified == without.settings.kv_unified
+    kept(with) == kept(without)
+        && with.as_stored == without.as_stored
+        && with.settings.kv_unified == without.settings.kv_unified
 }

@@ -185,6 +185,14 @@ pub struct PlanMachine {
     pub host: PlanHost,
 }
 
+impl PlanMachine {
+    /// The same without a layout of the host's own for weights.
+    pub(super) fn as_stored(&self) -> Self {
+        let host = PlanHost { traits: HostTraits::default(), ..self.host.clone() };
+        Self { host, ..self.clone() }
+    }
+}
+
 /// Why a text is not a machine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(

@@ -113,6 +113,8 @@ pub struct Rung {
     pub projector: Option<ProjectorLoad>,
     /// What this rung has less of than was wished for, with the reason.
     pub gave_up: Vec<String>,
+    /// Weights on the host stay as the file has them, though the host's matrix code would repack them: there is no room for copies.
+    pub as_stored: bool,
 }
 
 impl Rung {
@@ -205,7 +207,9 @@ pub enum PlanError {
 /// # Errors
 /// [`PlanError::OutOfMemory`] when nothing that the wishes allow fits, [`PlanError::Wish`] when they contradict each other.
 pub fn plan(model: &ModelShape, wishes: &Wishes, machine: &PlanMachine) -> Result<Plan, PlanError> {
-    search::Search::new(model, wishes, machine)?.plan()
+    let search = search::Search::new(model, wishes, machine)?;
+    let as_stored = search.as_stored();
+    search.plan().or_else(|problem| as_stored.and_then(|search| search.plan().ok()).ok_or(problem))
 }
 
 /// A rung of such a plan with other settings of the same load: as many cells and sequences, the same placement. `None` where that does
@@ -221,6 +225,8 @@ pub fn with_settings(
     settings: &LoadSettings,
     head: Option<&HeadShape>,
 ) -> Option<Rung> {
+    let as_stored = machine.as_stored();
+    let machine = if rung.as_stored { &as_stored } else { machine };
     let Some(head) = head.filter(|_| rung.draft.as_ref().is_some_and(|load| load.is_head)) else {
         return search::Search::new(model, wishes, machine).ok()?.with_settings(rung, settings);
     };

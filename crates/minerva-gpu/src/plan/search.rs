@@ -13,7 +13,7 @@ use super::speed;
 use super::split::share_out;
 use super::{DEFAULT_CONTEXT_TOKENS, DEFAULT_N_SEQUENCES, MIN_CONTEXT_TOKENS, Plan, PlanError, Rung, Wishes};
 use crate::estimate::{
-    DeviceTraits, Estimate, LoadSettings, ModelShape, Placement, estimate, estimate_held, layer_bytes,
+    DeviceTraits, Estimate, HostTraits, LoadSettings, ModelShape, Placement, estimate, estimate_held, layer_bytes,
 };
 use crate::gguf::GgmlType;
 use crate::memory::format_bytes;
@@ -43,6 +43,8 @@ pub(super) struct Search<'a> {
     pub(super) devices: Vec<PlanDevice>,
     given_positions: Vec<usize>,
     pub(super) host: PlanHost,
+    /// Whether the host would repack weights, and is not to.
+    as_stored: bool,
     /// The least that did not fit, for the error.
     closest: Cell<Option<u64>>,
     /// The last load that was estimated in full: a rung is made of what was just found to fit.
@@ -68,8 +70,26 @@ impl<'a> Search<'a> {
             devices,
             given_positions: order,
             host,
+            as_stored: false,
             closest: Cell::new(None),
             last: RefCell::new(None),
+        })
+    }
+
+    /// The same with weights as the file has them, which the system can drop and read again. `None` where nothing is repacked anyway, or
+    /// the file is not mapped.
+    pub(super) fn as_stored(&self) -> Option<Self> {
+        if !self.host.maps_weights || self.host.traits == HostTraits::default() {
+            return None;
+        }
+        Some(Self {
+            devices: self.devices.clone(),
+            given_positions: self.given_positions.clone(),
+            host: PlanHost { traits: HostTraits::default(), ..self.host.clone() },
+            as_stored: true,
+            closest: Cell::new(None),
+            last: RefCell::new(None),
+            ..*self
         })
     }
 
@@ -325,9 +345,13 @@ impl<'a> Search<'a> {
             gave_up
                 .push(format!("the experts of {n_experts_left} layers stay on the host: {room} is the devices' room"));
         }
+        let as_stored = self.as_stored;
+        if as_stored {
+            gave_up.push("weights in this CPU's own layout: they would have to fit in memory".to_owned());
+        }
         let settings = draft.settings.clone();
         let context_tokens = draft.context_tokens;
-        Rung { settings, context_tokens, placement, estimate, speed, draft: None, projector: None, gave_up }
+        Rung { settings, context_tokens, placement, estimate, speed, draft: None, projector: None, gave_up, as_stored }
     }
 
     /// The last rung: no device. What was left open shrinks to the host's share, and no further than its smallest.
@@ -336,11 +360,14 @@ impl<'a> Search<'a> {
         let mut draft = wish.clone();
         let mut rung = self.rung(&draft, placement());
         for smaller in self.smaller_drafts(wish) {
-            if self.is_within_share(&rung.estimate) {
+            if self.is_within_share(&rung.estimate) && self.host_excess(&rung.estimate) == 0 {
                 break;
             }
             draft = smaller;
             rung = self.rung(&draft, placement());
+        }
+        if let Some(search) = self.as_stored().filter(|_| self.host_excess(&rung.estimate) > 0) {
+            return search.on_cpu(wish, is_fallback);
         }
         if self.host_excess(&rung.estimate) > 0 {
             return Err(PlanError::OutOfMemory {
@@ -372,13 +399,13 @@ impl<'a> Search<'a> {
         Some(Rung { settings: settings.clone(), estimate, speed, ..rung.clone() })
     }
 
-    /// Whether the host gives no more than Minerva takes by itself. Mapped weights that are more than that already are the
-    /// user's wish: then only what is allocated counts.
+    /// Whether the host gives no more than Minerva takes by itself. Weights of a mapped file that are more than that already are the
+    /// user's wish: then only what comes beside them counts.
     fn is_within_share(&self, estimate: &Estimate) -> bool {
-        let all = estimate.host.total_bytes();
+        let (all, weights) = (estimate.host.total_bytes(), estimate.host.weights_bytes);
         let share = self.host.limit_bytes.saturating_sub(self.host.taken_bytes);
-        let counted = if estimate.host.weights_bytes > share { self.host_bytes(estimate) } else { all };
-        counted <= share
+        let is_wish = self.host.maps_weights && weights > share;
+        (if is_wish { all - weights } else { all }) <= share
     }
 
     fn out_of_memory(&self, needed_bytes: u64) -> PlanError {

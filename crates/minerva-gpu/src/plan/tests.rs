@@ -220,12 +220,29 @@ fn repacked_weights_must_fit_though_the_file_is_mapped() {
     // 3.6 GiB of weights, which the system may drop as long as they are the file's.
     let repacked = [GgmlType::Q4_0, GgmlType::Q4_K];
     let stored = with("ram:3GiB", &[]).unwrap();
-    assert_eq!(stored.best().estimate.repacked_bytes, 0);
-    assert!(matches!(with("ram:3GiB", &repacked), Err(PlanError::OutOfMemory { what: "system", .. })));
-    fits(&with("ram:3GiB", &[GgmlType::Q4_K]).unwrap());
+    assert_eq!(stored.best().estimate.copied_weights_bytes, 0);
+    let tight = with("ram:3GiB", &repacked).unwrap();
+    assert!(tight.best().as_stored && tight.best().gave_up.iter().any(|what| what.contains("layout")), "{tight}");
+    assert_eq!(tight.best().settings, stored.best().settings);
+    let other = with("ram:3GiB", &[GgmlType::Q4_K]).unwrap();
+    assert!(!other.best().as_stored && other.best().gave_up == stored.best().gave_up, "{other}");
+    // Where copies have room, what comes beside them is as much as without: also when weights are beyond the share already.
+    for ram in ["ram:8GiB", "ram:12GiB", "ram:16GiB", "ram:64GiB"] {
+        let (one, other) = (with(ram, &repacked).unwrap(), with(ram, &[]).unwrap());
+        fits(&one);
+        assert!(!one.best().as_stored, "{one}");
+        assert_eq!(
+            (&one.best().settings, one.best().context_tokens),
+            (&other.best().settings, other.best().context_tokens),
+            "{ram}"
+        );
+    }
+    // A plan on a device keeps its last rung.
+    let plan = with("cuda:24GiB,ram:3GiB", &repacked).unwrap();
+    assert!(!plan.best().as_stored && plan.rungs.last().is_some_and(|rung| rung.is_cpu() && rung.as_stored), "{plan}");
     let roomy = with("ram:16GiB", &repacked).unwrap();
     let (all, looked_up) = (roomy.best().estimate.host.weights_bytes, 32_000 * 4096 / 32 * 18); // the token table
-    let repacked_bytes = roomy.best().estimate.repacked_bytes;
+    let repacked_bytes = roomy.best().estimate.copied_weights_bytes;
     assert!(
         repacked_bytes <= all - looked_up && repacked_bytes > (all - looked_up) / 100 * 99,
         "{repacked_bytes} of {all}"
@@ -235,7 +252,8 @@ fn repacked_weights_must_fit_though_the_file_is_mapped() {
         let plan = with(&format!("{device}:3GiB,ram:16GiB"), &repacked).unwrap();
         fits(&plan);
         assert!((1..33).contains(&plan.best().placement.n_gpu_layers()), "{plan}");
-        plan.best().estimate.repacked_bytes
+        assert!(!plan.best().as_stored);
+        plan.best().estimate.copied_weights_bytes
     };
     assert_eq!(repacked_beside("cuda"), 0);
     assert!((1..repacked_bytes).contains(&repacked_beside("rpc")));

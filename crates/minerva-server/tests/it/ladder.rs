@@ -80,6 +80,8 @@ fn without_a_fallback_the_table_is_printed_and_the_exit_code_is_2() {
     is_refused_with_the_table(&Worker::start(Some(rungs()[0] / 2)).address);
 }
 
+/// With Metal there is a GPU, and the server would serve.
+#[cfg(not(feature = "metal"))]
 #[test]
 fn without_a_fallback_a_machine_without_a_gpu_is_no_place_for_auto() {
     let output = Command::new(env!("CARGO_BIN_EXE_minerva-server"))
@@ -89,10 +91,15 @@ fn without_a_fallback_a_machine_without_a_gpu_is_no_place_for_auto() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
-    if cfg!(not(target_os = "macos")) {
-        assert_eq!(output.status.code(), Some(2), "{text}");
-        assert!(text.contains("what fits:") && !text.contains("falling back to CPU"), "{text}");
-    }
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("what fits:") && !text.contains("falling back to CPU"), "{text}");
+    let plan = Command::new(env!("CARGO_BIN_EXE_minerva"))
+        .args(["plan", "-m", &model(), "--gpu=auto", "--no-fallback", "--ctx", "512"])
+        .env_clear()
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .unwrap();
+    assert_eq!(plan.status.code(), Some(2), "{}", String::from_utf8_lossy(&plan.stderr));
 }
 
 /// The server on a device that shrinks to `free_bytes` at a question: layers and steps down, after a look at its log.

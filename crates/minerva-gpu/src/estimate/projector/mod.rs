@@ -90,7 +90,10 @@ pub fn estimate_projector(
         }
     }
     let host = loads.pop().unwrap_or_default();
-    ProjectorEstimate { bytes: Estimate { devices: loads, host, repacked_bytes: 0 }, is_bound: projector.is_bound() }
+    ProjectorEstimate {
+        bytes: Estimate { devices: loads, host, copied_weights_bytes: 0 },
+        is_bound: projector.is_bound(),
+    }
 }
 
 /// Scratch of one encoder on each backend.
