@@ -48,6 +48,8 @@ pub(crate) struct Worker {
     generations: HashMap<RequestId, Generation>,
     /// Which request runs in each sequence.
     owners: Vec<Option<RequestId>>,
+    /// Sequences have a state that steps may lay anew.
+    moves_states: bool,
     parking: Parking,
     /// The draft model, until it fails.
     drafter: Option<Box<dyn Drafter>>,
@@ -76,6 +78,7 @@ impl Worker {
             scheduler: Traced::new(limits, serving.policy, serving.trace_path.as_deref()),
             generations: HashMap::new(),
             owners: vec![None; limits.n_seq_max as usize],
+            moves_states: limits.state_bytes > 0,
             parking: Parking::default(),
             drafter: loaded.drafter,
             wishes: Vec::new(),
@@ -385,6 +388,7 @@ impl Worker {
     /// Does what an admission wants done with the cache; `lost` is called for a sequence that holds nothing now but should.
     fn change_cache(&mut self, ops: Vec<CacheOp>, lost: impl Fn(&mut Self, SeqId)) {
         let mut is_moved = true;
+        let mut not_restored = None;
         for op in ops {
             match op {
                 CacheOp::Keep { seq, n_tokens } => {
@@ -411,9 +415,12 @@ impl Worker {
                         self.shared.count_restored(u64::from(n_tokens));
                         self.shared.count_checkpoints_restored(u64::from(self.checkpoints.has(at)));
                     } else {
+                        not_restored = Some(seq);
                         lost(self, seq);
                     }
                 }
+                // A checkpoint is a part of what is not there.
+                CacheOp::Rewind { seq, .. } if not_restored == Some(seq) => {}
                 CacheOp::Rewind { at, seq, n_tokens } => {
                     if !self.rewind(at, seq, n_tokens) {
                         lost(self, seq);
@@ -613,13 +620,17 @@ impl Worker {
         generation.fail(error);
     }
 
-    /// Ends the requests whose step was not computed; the others go on. Their cells may be half written, so their
-    /// sequences are emptied.
+    /// Ends the requests whose step was not computed; the others go on, unless they have a recurrent state. Their cells may be half
+    /// written, so their sequences are emptied.
     fn step_failed(&mut self, step: &Step, error: &StepError) {
         tracing::error!(rows = step.rows.len(), "step failed: {error}");
         self.shared.count_failed_step();
         let mut seqs: Vec<SeqId> = step.rows.iter().map(|row| row.seq).collect();
         seqs.dedup();
+        // A step lays states anew for others than its own sequences too, and a failed one leaves them where they were.
+        if !error.cache_unchanged && self.moves_states {
+            seqs = (0..self.owners.len() as SeqId).collect();
+        }
         if !error.cache_unchanged {
             for &seq in &seqs {
                 self.discard(seq);

@@ -49,6 +49,7 @@ impl Context {
                 CallError::Argument("the model's hidden states have another width than a head takes".into()).into()
             );
         }
+        params.check()?;
         let raw_params = params.raw();
         let guard = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut raw = ptr::null_mut();

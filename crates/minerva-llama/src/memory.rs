@@ -224,7 +224,7 @@ impl Context {
         let memory = unsafe { sys::llama_get_memory(self.raw()) };
         // SAFETY: the memory lives as long as its context, and the sequence was checked.
         let first = unsafe { sys::llama_memory_seq_pos_min(memory, seq) };
-        u32::try_from(first).is_ok_and(|first| first <= from.saturating_sub(n_window_tokens))
+        u32::try_from(first).is_ok_and(|first| first <= (from + 1).saturating_sub(n_window_tokens))
     }
 
     fn checked_seq(&self, seq: u32) -> Result<sys::llama_seq_id, CallError> {

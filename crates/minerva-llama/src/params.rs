@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::path::PathBuf;
 use std::ptr;
 
-use crate::{backend, sys};
+use crate::{CallError, backend, sys};
 
 /// How to load a model.
 #[derive(Debug, Clone)]
@@ -222,6 +222,17 @@ impl Default for ContextParams {
 }
 
 impl ContextParams {
+    /// llama.cpp reserves an output for every sequence, and ends the process where a batch has no room for so many.
+    pub(crate) fn check(&self) -> Result<(), CallError> {
+        if self.n_batch < self.n_seq_max {
+            let (n_batch, n_seq_max) = (self.n_batch, self.n_seq_max);
+            return Err(CallError::Argument(format!(
+                "a batch of {n_batch} tokens is too small for {n_seq_max} sequences"
+            )));
+        }
+        Ok(())
+    }
+
     pub(crate) fn raw(&self) -> sys::llama_context_params {
         let threads = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
         // SAFETY: returns a plain struct.

@@ -149,6 +149,14 @@ fn a_copy_holds_what_its_source_held_when_it_was_made() {
 }
 
 #[test]
+fn a_batch_has_room_for_a_token_of_every_sequence() {
+    let model = load();
+    assert!(Context::new(&model, &ContextParams { n_batch: 3, n_ubatch: 3, ..small(4) }).is_err());
+    let mut context = Context::new(&model, &ContextParams { n_batch: 4, n_ubatch: 1, ..small(4) }).expect("a context");
+    assert_eq!(greedy(&mut context, &[1, 2, 3], 3, 2).len(), 2);
+}
+
+#[test]
 fn a_damaged_state_is_refused_and_the_context_lives() {
     let model = load();
     let mut context = Context::new(&model, &small(2)).expect("a context");

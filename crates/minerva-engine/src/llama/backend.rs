@@ -5,6 +5,7 @@ use std::thread;
 use minerva_llama::{Batch, Context, DecodeError, DeviceBytes, SavedState};
 
 use super::claims::Claim;
+use super::parts::Parts;
 use crate::backend::{Backend, BackendLimits, HeadBackend, Row, SeqId, StepError};
 
 /// A context and the batch that is filled anew for each step.
@@ -12,6 +13,7 @@ pub(crate) struct LlamaBackend {
     context: Context,
     batch: Batch,
     sizes: StateSizes,
+    parts: Option<Parts>,
     /// After the context: what it holds is given back before others may have it.
     _claim: Claim,
 }
@@ -20,7 +22,8 @@ impl LlamaBackend {
     pub(super) fn new(context: Context, claim: Claim) -> Self {
         let batch = Batch::new(&context);
         let sizes = StateSizes::by_plan(&context);
-        Self { context, batch, sizes, _claim: claim }
+        let parts = Parts::of(&context);
+        Self { context, batch, sizes, parts, _claim: claim }
     }
 
     /// Computes one token and forgets it, so that pages, graphs and kernels are there before the first request.
@@ -69,6 +72,11 @@ impl LlamaBackend {
         self.truncate(0, 0);
     }
 
+    /// Scores of a row of the last physical step.
+    pub(super) fn scores(&self, row: usize) -> Option<&[f32]> {
+        self.context.logits(row)
+    }
+
     pub(crate) fn memory_bytes(&self) -> Vec<DeviceBytes> {
         self.context.memory_bytes().unwrap_or_default()
     }
@@ -99,7 +107,10 @@ impl Backend for LlamaBackend {
     }
 
     fn decode(&mut self, rows: &[Row]) -> Result<(), StepError> {
-        self.decode_after(rows, &[])
+        let Some(mut parts) = self.parts.take() else { return self.decode_after(rows, &[]) };
+        let decoded = parts.decode(self, rows);
+        self.parts = Some(parts);
+        decoded
     }
 
     fn hidden(&mut self) -> &[f32] {
@@ -107,7 +118,10 @@ impl Backend for LlamaBackend {
     }
 
     fn logits(&self, i: usize) -> Option<&[f32]> {
-        self.context.logits(i)
+        match &self.parts {
+            Some(parts) if parts.is_in_use() => parts.logits(i),
+            _ => self.context.logits(i),
+        }
     }
 
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
@@ -160,7 +174,8 @@ impl HeadBackend for LlamaBackend {
                 .map_err(|error| StepError { cache_unchanged: true, message: error.to_string() })?;
         }
         self.context.decode(&mut self.batch).map_err(|error: DecodeError| StepError {
-            cache_unchanged: error.cache_unchanged(),
+            // Positions that do not go on from what llama.cpp holds: whatever went wrong before, these sequences are to begin anew.
+            cache_unchanged: error.cache_unchanged() && !matches!(error, DecodeError::InvalidBatch { .. }),
             message: error.to_string(),
         })
     }

@@ -52,8 +52,8 @@ pub(super) fn of(rung: &Rung) -> Option<&DraftLoad> {
 /// What the head's context takes on each device and on the host, by llama.cpp's own figures. Its weights are the model's, and it is
 /// claimed with the model.
 pub(super) fn fit(simulation: &Simulation, model: &ContextParams) -> Result<FittedDraft, minerva_llama::LoadError> {
-    let context =
-        ContextParams { kind: ContextKind::Head, n_batch: model.n_batch.min(model.n_ubatch), ..model.clone() };
+    let n_batch = model.n_batch.min(model.n_ubatch).max(model.n_seq_max);
+    let context = ContextParams { kind: ContextKind::Head, n_batch, ..model.clone() };
     let simulated = without_weights(simulation.memory_bytes(&context)?);
     Ok(FittedDraft { context, simulated, claim: Claim::nothing() })
 }

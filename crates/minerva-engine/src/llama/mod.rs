@@ -7,6 +7,7 @@ mod heads;
 mod ladder;
 mod machine;
 mod overhead;
+mod parts;
 mod placement;
 mod speeds;
 mod tokenizer;

@@ -12,7 +12,7 @@ use minerva_llama::{Context, ContextParams, FlashAttention, KvType, Model, Model
 
 use super::backend::LlamaBackend;
 use super::claims::Claim;
-use crate::backend::{Backend, Loaded};
+use crate::backend::{Backend, Loaded, Row};
 use crate::event::{Event, Summary};
 use crate::request::{Prompt, Request, TokenId};
 use crate::{Engine, SimConfig, sim};
@@ -171,21 +171,26 @@ struct Setup {
     max_checkpoints: u32,
 }
 
+impl Setup {
+    fn params(&self) -> ContextParams {
+        ContextParams {
+            n_ctx: 512 * self.n_seq_max,
+            n_batch: 512,
+            n_ubatch: 64,
+            n_seq_max: self.n_seq_max,
+            kv_unified: self.unified,
+            full_windows: false,
+            // Full precision, so that another order of additions is all that may differ.
+            flash_attention: FlashAttention::Off,
+            type_k: KvType::F32,
+            type_v: KvType::F32,
+            ..ContextParams::default()
+        }
+    }
+}
+
 fn engine(model: &Arc<Model>, setup: &Setup) -> Engine {
-    let params = ContextParams {
-        n_ctx: 512 * setup.n_seq_max,
-        n_batch: 512,
-        n_ubatch: 64,
-        n_seq_max: setup.n_seq_max,
-        kv_unified: setup.unified,
-        full_windows: false,
-        // Full precision, so that another order of additions is all that may differ.
-        flash_attention: FlashAttention::Off,
-        type_k: KvType::F32,
-        type_v: KvType::F32,
-        ..ContextParams::default()
-    };
-    let context = Context::new(model, &params).expect("a context");
+    let context = Context::new(model, &setup.params()).expect("a context");
     let claim = Claim::unless(Vec::new(), |_| None::<()>).expect("nothing is claimed");
     let mut backend = LlamaBackend::new(context, claim);
     backend.warm_up();
@@ -316,4 +321,44 @@ fn a_hybrid_model_goes_on_from_its_checkpoints() {
 #[test]
 fn a_model_with_a_sliding_window_goes_on_from_its_checkpoints() {
     check("gemma3", &gemma());
+}
+
+/// Scores after the last of these rows of a sequence, and after the first.
+fn step(backend: &mut LlamaBackend, tokens: &[TokenId], begin: usize, end: usize) -> [Vec<f32>; 2] {
+    let output = |pos: usize| pos == begin || pos + 1 == end;
+    let rows = (begin..end).map(|pos| Row { seq: 0, token: tokens[pos], pos: pos as u32, output: output(pos) });
+    backend.decode(&rows.collect::<Vec<_>>()).expect("computes");
+    [0, end - begin - 1].map(|row| backend.logits(row).expect("an output").to_vec())
+}
+
+#[test]
+fn a_step_of_several_physical_batches_attends_to_all_of_its_window() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("gemma.gguf");
+    write(&gemma(), &path);
+    let model = Model::load(&path, &ModelParams::default(), &mut |_| ControlFlow::Continue(())).expect("loads");
+    let backend = |kv_unified| {
+        let setup = Setup { n_seq_max: 1, unified: kv_unified, max_checkpoints: 0 };
+        LlamaBackend::new(Context::new(&model, &setup.params()).expect("a context"), Claim::nothing())
+    };
+    // More than the windowed layers have cells for, so that they go round.
+    let tokens: Vec<TokenId> = (0..500).map(|n| (n * 7 + n / 5) % N_VOCAB as TokenId).collect();
+    let (restored, end) = (270, 500);
+    for kv_unified in [false, true] {
+        let pieces = |backend: &mut LlamaBackend, from: usize, to: usize| -> Vec<[Vec<f32>; 2]> {
+            (from..to).step_by(64).map(|begin| step(backend, &tokens, begin, (begin + 64).min(to))).collect()
+        };
+        let mut steady = backend(kv_unified);
+        pieces(&mut steady, 0, restored);
+        let mut other = backend(kv_unified);
+        pieces(&mut other, 0, restored);
+        let state = other.save(0).expect("saved");
+        assert!(other.restore(0, &state));
+        let as_wanted = pieces(&mut steady, restored, end);
+        let [first, last] = step(&mut other, &tokens, restored, end);
+        for (scores, wanted) in [(first, &as_wanted[0][0]), (last, &as_wanted[as_wanted.len() - 1][1])] {
+            let off = scores.iter().zip(wanted).map(|(a, b)| (a - b).abs()).fold(0.0_f32, f32::max);
+            assert!(off < 1e-3, "unified {kv_unified}: scores are off by {off}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! A step that fails takes its own requests with it and nothing else.
 
-use minerva_engine::{Engine, GenerationError, SimConfig};
+use minerva_engine::{Engine, GenerationError, SimConfig, SimMemory};
 
 use crate::support::{ask, ask_alone, greedy, read, submit, tokens, wait_until, wait_until_idle};
 
@@ -39,6 +39,20 @@ fn cells_of_a_failed_step_are_not_reused() {
     let third = ask(&engine, request);
     assert_eq!(third.summary().cached_tokens, 0, "they were half written");
     assert_eq!(third.choices, first.choices);
+}
+
+#[test]
+fn with_recurrent_states_a_failed_step_leaves_nothing_of_other_sequences() {
+    for (memory, is_kept) in [(SimMemory::Cells, true), (SimMemory::Recurrent, false), (SimMemory::Hybrid, false)] {
+        let config = SimConfig { n_seq_max: 2, memory, fail_every_steps: Some(6), ..SimConfig::default() };
+        let engine = Engine::simulate(config.clone());
+        let request = greedy(tokens(1, 50), 3);
+        let first = ask(&engine, request.clone());
+        assert_eq!(ask(&engine, greedy(tokens(2, 50), 9)).end, Err(failed())); // in the other sequence
+        wait_until_idle(&engine);
+        assert_eq!(engine.stats().kv_cells_cached > 0, is_kept, "{memory:?}");
+        assert_eq!(ask(&engine, request).choices, first.choices);
+    }
 }
 
 #[test]

@@ -102,8 +102,8 @@ pub(super) fn load_of_head(head: &ModelShape, search: &Search<'_>, main: &Rung) 
     let placement = Placement::split(head, device.map(|_| head.n_layers_all + 1).as_slice());
     let traits: Vec<_> = device.iter().map(|&at| search.devices[at].kind.traits()).collect();
     let ubatch_tokens = main.settings.ubatch_tokens;
-    let settings =
-        LoadSettings { batch_tokens: main.settings.batch_tokens.min(ubatch_tokens), ..main.settings.clone() };
+    let batch_tokens = main.settings.batch_tokens.min(ubatch_tokens).max(main.settings.n_sequences);
+    let settings = LoadSettings { batch_tokens, ..main.settings.clone() };
     let estimate = estimate(head, &settings, &placement, &traits, &search.host.traits);
     DraftLoad { settings, device, placement, estimate, is_head: true }
 }
@@ -128,7 +128,7 @@ fn load(draft: &ModelShape, asked: DraftWishes, search: &Search<'_>, main: &Rung
     let settings = LoadSettings {
         context_tokens: asked.n_cells.unwrap_or(cells),
         n_sequences: main.settings.n_sequences,
-        batch_tokens: ubatch_tokens,
+        batch_tokens: ubatch_tokens.max(main.settings.n_sequences),
         ubatch_tokens,
         flash_attention: main.settings.flash_attention,
         cache_type_k: GgmlType::F16,

@@ -174,7 +174,7 @@ impl<'a> Search<'a> {
         let settings = LoadSettings {
             context_tokens: n_cells,
             n_sequences,
-            batch_tokens: wishes.batch_tokens,
+            batch_tokens: wishes.batch_tokens.max(n_sequences), // every sequence may have an output in a step
             ubatch_tokens: wishes.ubatch_tokens.unwrap_or(DEFAULT_UBATCH_TOKENS).min(wishes.batch_tokens),
             flash_attention: wishes.flash_attention.unwrap_or(true),
             cache_type_k: wishes.cache_type_k.unwrap_or(GgmlType::F16),
