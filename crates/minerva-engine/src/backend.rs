@@ -85,6 +85,11 @@ pub trait Tokenizer: Send + Sync {
     /// Every token that ends a generation.
     fn end_of_generation(&self) -> &[TokenId];
 
+    /// Tokens that the model's file says are never to be sampled (`tokenizer.ggml.suppress_tokens`).
+    fn suppressed(&self) -> &[TokenId] {
+        &[]
+    }
+
     /// The most bytes that one token stands for, to refuse a text before it is tokenized.
     fn max_token_bytes(&self) -> usize;
 

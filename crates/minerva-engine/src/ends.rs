@@ -36,17 +36,23 @@ pub(crate) struct Ends {
     /// What is never sampled, and what is not sampled before `min_tokens`.
     banned: Vec<TokenId>,
     banned_at_first: Vec<TokenId>,
+    suppressed: Vec<TokenId>,
 }
 
 impl Ends {
     pub(crate) fn new(request: &Request, tokenizer: &dyn Tokenizer) -> Self {
         let end_of_generation = tokenizer.end_of_generation();
-        let banned = if request.ignore_eos { end_of_generation.to_vec() } else { Vec::new() };
+        let suppressed = tokenizer.suppressed().to_vec();
+        let mut banned = suppressed.clone();
+        if request.ignore_eos {
+            banned.extend_from_slice(end_of_generation);
+        }
         let banned_at_first = match request.min_tokens {
             0 => Vec::new(),
-            _ => [end_of_generation, &request.stop_token_ids].concat(),
+            _ => [&suppressed, end_of_generation, &request.stop_token_ids].concat(),
         };
-        Self { stop_tokens: request.stop_token_ids.clone(), min_tokens: request.min_tokens, banned, banned_at_first }
+        let stop_tokens = request.stop_token_ids.clone();
+        Self { stop_tokens, min_tokens: request.min_tokens, banned, banned_at_first, suppressed }
     }
 
     /// What must not be sampled as the next token of a continuation that has `n_generated`.
@@ -54,9 +60,9 @@ impl Ends {
         if n_generated < self.min_tokens { &self.banned_at_first } else { &self.banned }
     }
 
-    /// What must not be sampled at any time.
-    pub(crate) fn always(&self) -> &[TokenId] {
-        &self.banned
+    /// What the model's file says is never to be sampled.
+    pub(crate) fn suppressed(&self) -> &[TokenId] {
+        &self.suppressed
     }
 
     /// Whether a continuation may end with its token number `n_generated`, counted from 1.
@@ -66,5 +72,54 @@ impl Ends {
 
     pub(crate) fn is_stop_token(&self, token: TokenId) -> bool {
         self.stop_tokens.contains(&token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::RenderedChat;
+    use crate::error::RequestError;
+    use crate::request::ChatMessage;
+
+    /// Token 1 ends, token 2 is never to be sampled.
+    struct Words;
+
+    impl Tokenizer for Words {
+        fn tokenize(&self, _: &str, _: bool, _: bool) -> Result<Vec<TokenId>, RequestError> {
+            Ok(Vec::new())
+        }
+
+        fn token_bytes(&self, _: TokenId, _: &mut Vec<u8>) {}
+
+        fn is_end_of_generation(&self, token: TokenId) -> bool {
+            token == 1
+        }
+
+        fn end_of_generation(&self) -> &[TokenId] {
+            &[1]
+        }
+
+        fn suppressed(&self) -> &[TokenId] {
+            &[2]
+        }
+
+        fn max_token_bytes(&self) -> usize {
+            1
+        }
+
+        fn render_chat(&self, _: &[ChatMessage]) -> Result<RenderedChat, RequestError> {
+            Err(RequestError::NoChatTemplate)
+        }
+    }
+
+    #[test]
+    fn what_the_file_suppresses_is_banned_whatever_else_is() {
+        let ends = |request: Request| Ends::new(&request, &Words);
+        assert_eq!(ends(Request::text("")).banned(0), [2]);
+        assert_eq!(ends(Request { ignore_eos: true, ..Request::text("") }).banned(9), [2, 1]);
+        let at_first = ends(Request { min_tokens: 3, stop_token_ids: vec![7], ..Request::text("") });
+        assert_eq!((at_first.banned(2), at_first.banned(3)), (&[2, 1, 7][..], &[2][..]));
+        assert_eq!(at_first.suppressed(), [2]);
     }
 }

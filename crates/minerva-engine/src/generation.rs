@@ -96,9 +96,9 @@ impl Generation {
         let choices = (0..request.n).map(|index| {
             let mut sampler = Sampler::new(&request.sampling, n_vocab, seed.wrapping_add(u64::from(index)))
                 .with_breakers(Arc::clone(&breakers));
-            for &token in &prompt {
-                sampler.accept(token);
-            }
+            // Only so much of it is ever looked back at.
+            let n_before = prompt.len().saturating_sub(sampler.window_tokens());
+            prompt[n_before..].iter().for_each(|&token| sampler.accept(token));
             Choice {
                 index,
                 sampler,
@@ -309,6 +309,28 @@ impl Generation {
         Ok(if heard { Advance::Continues(token) } else { Advance::NobodyListens })
     }
 
+    /// Whether it has begun, its deadline is over, and none of its choices is in a sequence.
+    pub(crate) fn waits_in_vain(&self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| now >= deadline)
+            && self.started.is_some()
+            && self.running_seqs().next().is_none()
+            && !self.is_done()
+    }
+
+    /// Ends every choice where it is.
+    pub(crate) fn cut(&mut self) {
+        for choice in self.choices.iter_mut().filter(|choice| !choice.finished) {
+            let mut delta = Delta { choice: choice.index, ..Delta::default() };
+            choice.flush(&mut delta);
+            if !delta.text.is_empty() || !delta.tokens.is_empty() {
+                let _ = self.events.send(Event::Delta(delta));
+            }
+            choice.finished = true;
+            let finished = Event::Finished { choice: choice.index, reason: FinishReason::Length, stop: None };
+            let _ = self.events.send(finished);
+        }
+    }
+
     /// Whether every choice is complete.
     pub(crate) fn is_done(&self) -> bool {
         self.choices.iter().all(|choice| choice.finished)
@@ -368,8 +390,8 @@ impl Choice {
             None => self.sampler.sample(logits, banned, n_logprobs),
             Some(Allowed::Only(token)) => self.sampler.score(token, logits, n_logprobs),
             Some(Allowed::Any(mask)) => {
-                // Where the grammar allows nothing but an end, `min_tokens` gives way.
-                let banned = if mask.is_within(banned) { ends.always() } else { banned };
+                // Where the grammar allows nothing but an end, `min_tokens` and `ignore_eos` give way.
+                let banned = if mask.is_within(banned) { ends.suppressed() } else { banned };
                 self.sampler.sample_allowed(logits, banned, &mask, n_logprobs)
             }
         };

@@ -315,6 +315,21 @@ impl Worker {
             let deadline_ms = generation.deadline_ms().unwrap_or_default();
             self.fail(id, GenerationError::DeadlineExpired { deadline_ms, waited_ms });
         }
+        self.cut_late(now);
+    }
+
+    /// Ends the answers whose deadline is over while all that is left of them waits for a sequence that others took.
+    fn cut_late(&mut self, now: Instant) {
+        let late = self.generations.iter().filter(|(_, generation)| generation.waits_in_vain(now));
+        let late: Vec<RequestId> = late.map(|(&id, _)| id).collect();
+        for id in late {
+            if let Some(generation) = self.generations.get_mut(&id) {
+                generation.cut();
+            }
+            self.scheduler.remove_waiting(id);
+            self.drop_parked();
+            self.finish(id, now);
+        }
     }
 
     /// Tells those who wait where they are.
@@ -448,6 +463,9 @@ impl Worker {
         }
         self.drop_parked(); // those that give way
         for checkpoint in taken {
+            if self.scheduler.parked(checkpoint.at).is_none() {
+                continue; // one of the same step took its room
+            }
             match self.checkpoints.take(&mut *self.backend, checkpoint) {
                 Some(state) => {
                     self.scheduler.park_saved(checkpoint.at, state.len() as u64);
@@ -462,8 +480,15 @@ impl Worker {
 
     fn copy_prefixes(&mut self) {
         let mut is_there = true;
+        let mut emptied: Vec<SeqId> = Vec::new();
         for Copy { src, dst, n_tokens, rewind } in self.scheduler.copies() {
             // One that failed may be the source of the next.
+            if emptied.contains(&src) {
+                self.backend.truncate(dst, 0);
+                self.scheduler.forget_prefix(dst);
+                emptied.push(dst);
+                continue;
+            }
             is_there = is_there && self.backend.copy(src, dst, rewind.map_or(n_tokens, |rewind| rewind.n_held));
             if !is_there {
                 self.scheduler.copy_failed(dst);
@@ -477,6 +502,7 @@ impl Worker {
                 && !self.rewind(at, dst, n_tokens)
             {
                 self.scheduler.forget_prefix(dst);
+                emptied.push(dst);
                 continue;
             }
             let owner = self.owners[dst as usize];
@@ -631,7 +657,7 @@ impl Worker {
         if !error.cache_unchanged && self.moves_states {
             seqs = (0..self.owners.len() as SeqId).collect();
         }
-        if !error.cache_unchanged {
+        if !error.cache_unchanged || error.begins_anew {
             for &seq in &seqs {
                 self.discard(seq);
                 self.backend.truncate(seq, 0);

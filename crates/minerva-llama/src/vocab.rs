@@ -144,6 +144,24 @@ impl Model {
         (0..n_vocab).filter(|&token| self.is_end_of_generation(token)).collect()
     }
 
+    /// Tokens that the file says are never to be sampled (`tokenizer.ggml.suppress_tokens`), ascending.
+    #[doc(alias = "llama_vocab_get_suppress_tokens")]
+    pub fn suppressed_tokens(&self) -> Vec<Token> {
+        let mut n = 0;
+        // SAFETY: a live vocabulary; `n` receives the count.
+        let tokens = unsafe { sys::llama_vocab_get_suppress_tokens(self.raw_vocab(), &raw mut n) };
+        let n = usize::try_from(n).unwrap_or(0);
+        if tokens.is_null() || n == 0 {
+            return Vec::new();
+        }
+        // SAFETY: so many tokens, which live as long as the vocabulary.
+        let listed = unsafe { std::slice::from_raw_parts(tokens, n) };
+        let mut tokens: Vec<Token> = listed.iter().copied().filter(|&token| self.has_token(token)).collect();
+        tokens.sort_unstable();
+        tokens.dedup();
+        tokens
+    }
+
     /// The token that begins a text, if the vocabulary has one.
     pub fn bos(&self) -> Option<Token> {
         // SAFETY: a live vocabulary.

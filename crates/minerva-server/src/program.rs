@@ -45,15 +45,29 @@ pub fn run(program: Program) -> ExitCode {
     }
 }
 
+/// The environment. Names that are not UTF-8 are none of ours, and neither is what others put into theirs.
+fn variables() -> Result<Vec<(String, String)>, ConfigError> {
+    let mut variables = Vec::new();
+    for (name, value) in std::env::vars_os() {
+        let Ok(name) = name.into_string() else { continue };
+        match value.into_string() {
+            Ok(value) => variables.push((name, value)),
+            Err(_) if name.starts_with("MINERVA_") => {
+                let (given, allowed) = ("not usable".to_owned(), "UTF-8".to_owned());
+                return Err(ConfigError::Value { place: format!("`{name}`"), given, allowed });
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(variables)
+}
+
 fn invoke(program: Program) -> Result<ExitCode, ConfigError> {
     let invocation = Invocation::parse(program, std::env::args_os())?;
     if invocation.action == Action::Config(ReportFormat::Markdown) {
         return Ok(print(&config::reference())); // the same on every machine, whatever its configuration
     }
-    // Variables that are not UTF-8 are none of ours.
-    let vars =
-        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let loaded = config::load(&invocation, vars)?;
+    let loaded = config::load(&invocation, variables()?)?;
     Ok(match invocation.action {
         Action::Serve => serve(loaded),
         Action::Config(format) => print(&loaded.report.print(format)),

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minerva_engine::{BuildInfo, Engine, LoadProgress};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::auth::Keys;
 use crate::browser::Policy;
@@ -38,6 +38,8 @@ pub struct App {
     pub(crate) metrics: Metrics,
     /// Bytes of request bodies in memory.
     pub(crate) body_bytes: Arc<AtomicUsize>,
+    /// Large bodies that may be taken apart at once.
+    pub(crate) large_bodies: Arc<Semaphore>,
     /// The build, for `/v1/status` and `system_fingerprint`.
     pub(crate) build: BuildInfo,
     /// Generation requests that are being answered.
@@ -47,6 +49,9 @@ pub struct App {
     started: Instant,
     ids: Ids,
 }
+
+/// Large bodies that are taken apart at once.
+const MAX_LARGE_BODIES: usize = 2;
 
 impl App {
     /// The state of a server that listens on `is_loopback` and has no model yet.
@@ -60,6 +65,7 @@ impl App {
             settings,
             metrics: Metrics::default(),
             body_bytes: Arc::new(AtomicUsize::new(0)),
+            large_bodies: Arc::new(Semaphore::new(MAX_LARGE_BODIES)),
             build: Engine::build_info(),
             in_flight: InFlight::default(),
             phase: RwLock::new(Phase::Loading(loading)),

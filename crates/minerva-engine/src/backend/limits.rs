@@ -63,6 +63,8 @@ pub struct Row {
 pub struct StepError {
     /// Whether the cells of the step's sequences are as they were.
     pub cache_unchanged: bool,
+    /// Whether they have to begin anew all the same: they are not what they were believed to be.
+    pub begins_anew: bool,
     /// What went wrong.
     pub message: String,
 }

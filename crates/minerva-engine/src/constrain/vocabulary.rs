@@ -36,7 +36,8 @@ fn trie(tokenizer: &dyn Tokenizer, n_vocab: usize) -> TokTrie {
             let mut bytes = Vec::new();
             // An end of generation is none of the answer's text, even where the vocabulary has it as plain text: a string
             // that allows any character must not allow to break off in its middle.
-            if !tokenizer.is_end_of_generation(token as i32) {
+            let is_never = tokenizer.suppressed().contains(&(token as i32));
+            if !is_never && !tokenizer.is_end_of_generation(token as i32) {
                 tokenizer.token_bytes(token as i32, &mut bytes);
             }
             bytes

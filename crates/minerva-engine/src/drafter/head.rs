@@ -128,7 +128,11 @@ impl Follower {
         }
         self.n_hidden = hidden.len() / rows.len();
         if self.n_hidden == 0 {
-            self.give_up(StepError { cache_unchanged: true, message: "no hidden states".to_owned() });
+            self.give_up(StepError {
+                cache_unchanged: true,
+                begins_anew: false,
+                message: "no hidden states".to_owned(),
+            });
             return;
         }
         for (row, state) in rows.iter().zip(hidden.chunks_exact(self.n_hidden)) {
@@ -444,7 +448,8 @@ impl Backend for Followed {
 impl Drop for HeadDrafter {
     /// Nobody asks any more: the head need not follow.
     fn drop(&mut self) {
-        let nobody = StepError { cache_unchanged: true, message: "nobody asks the head".to_owned() };
+        let nobody =
+            StepError { cache_unchanged: true, begins_anew: false, message: "nobody asks the head".to_owned() };
         lock(&self.follower).give_up(nobody);
     }
 }

@@ -48,7 +48,11 @@ impl LlamaBackend {
 
     /// Computes on a thread that ends, and forgets what was computed.
     fn forgotten(&mut self, step: impl FnOnce(&mut Self) -> Result<(), StepError> + Send) -> Result<(), StepError> {
-        let panicked = || StepError { cache_unchanged: false, message: "the warm-up step panicked".to_owned() };
+        let panicked = || StepError {
+            cache_unchanged: false,
+            begins_anew: false,
+            message: "the warm-up step panicked".to_owned(),
+        };
         thread::scope(|scope| scope.spawn(|| step(self)).join()).unwrap_or_else(|_| Err(panicked()))?;
         self.truncate(0, 0);
         Ok(())
@@ -169,13 +173,16 @@ impl HeadBackend for LlamaBackend {
         let n_hidden = hidden.len() / rows.len().max(1);
         for (i, row) in rows.iter().enumerate() {
             let state = &hidden[i * n_hidden..(i + 1) * n_hidden];
-            self.batch
-                .push_after(state, row.token, row.pos, row.seq, row.output)
-                .map_err(|error| StepError { cache_unchanged: true, message: error.to_string() })?;
+            self.batch.push_after(state, row.token, row.pos, row.seq, row.output).map_err(|error| StepError {
+                cache_unchanged: true,
+                begins_anew: false,
+                message: error.to_string(),
+            })?;
         }
         self.context.decode(&mut self.batch).map_err(|error: DecodeError| StepError {
-            // Positions that do not go on from what llama.cpp holds: whatever went wrong before, these sequences are to begin anew.
-            cache_unchanged: error.cache_unchanged() && !matches!(error, DecodeError::InvalidBatch { .. }),
+            cache_unchanged: error.cache_unchanged(),
+            // Positions that do not go on from what llama.cpp holds.
+            begins_anew: matches!(error, DecodeError::InvalidBatch { .. }),
             message: error.to_string(),
         })
     }

@@ -24,8 +24,9 @@ pub(super) struct Parts {
 impl Parts {
     /// `None` where every cell within a window's reach stays, whatever the order.
     pub(super) fn of(context: &Context) -> Option<Self> {
-        let is_pool = context.kv_unified();
-        let keeps_all = context.keeps_beginnings() && !is_pool;
+        let keeps_all = context.keeps_beginnings() && !context.kv_unified();
+        // Of a hybrid llama.cpp gives equally many rows to every sequence of a physical batch, also in a pool.
+        let is_pool = context.kv_unified() && !context.model().is_recurrent();
         (context.model().n_window_tokens() > 0 && !keeps_all).then(|| Self {
             is_pool,
             n_ubatch: context.n_ubatch() as usize,
@@ -55,10 +56,9 @@ impl Parts {
         self.begins.resize(rows.len(), None);
         for (n_done, part) in parts.iter().enumerate() {
             let of_part: Vec<Row> = part.iter().map(|&at| rows[at]).collect();
-            backend.decode_after(&of_part, &[]).map_err(|error| StepError {
-                cache_unchanged: error.cache_unchanged && n_done == 0,
-                message: error.message,
-            })?;
+            backend
+                .decode_after(&of_part, &[])
+                .map_err(|error| StepError { cache_unchanged: error.cache_unchanged && n_done == 0, ..error })?;
             for (row, &at) in part.iter().enumerate().filter(|&(_, &at)| rows[at].output) {
                 if let Some(scores) = backend.scores(row) {
                     self.begins[at] = Some(self.scores.len());

@@ -14,6 +14,7 @@ pub(crate) struct LlamaTokenizer {
     model: Arc<Model>,
     template: Option<ChatTemplate>,
     end_of_generation: Vec<TokenId>,
+    suppressed: Vec<TokenId>,
     /// The bytes of all tokens, one after the other, and where each begins; one more entry for the end.
     bytes: Vec<u8>,
     starts: Vec<u32>,
@@ -39,7 +40,8 @@ impl LlamaTokenizer {
             starts.push(bytes.len() as u32);
         }
         let end_of_generation = model.end_of_generation_tokens();
-        Ok(Self { model: Arc::clone(model), template, end_of_generation, bytes, starts, max_token_bytes })
+        let suppressed = model.suppressed_tokens();
+        Ok(Self { model: Arc::clone(model), template, end_of_generation, suppressed, bytes, starts, max_token_bytes })
     }
 
     pub(crate) fn has_chat_template(&self) -> bool {
@@ -76,6 +78,10 @@ impl Tokenizer for LlamaTokenizer {
 
     fn end_of_generation(&self) -> &[TokenId] {
         &self.end_of_generation
+    }
+
+    fn suppressed(&self) -> &[TokenId] {
+        &self.suppressed
     }
 
     fn max_token_bytes(&self) -> usize {

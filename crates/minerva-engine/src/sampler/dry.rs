@@ -87,7 +87,8 @@ impl Dry {
         let Self { multiplier, base, allowed_length, breakers, continued, .. } = self;
         continued.iter().filter(|(token, _)| !breakers.is_breaker(**token)).map(|(&token, &length)| {
             let exponent = (length - *allowed_length).min(max_exponent(*base)) as i32;
-            (token, *multiplier * f64::from(*base).powi(exponent) as f32)
+            let penalty = f64::from(*multiplier) * f64::from(*base).powi(exponent);
+            (token, penalty.min(f64::from(f32::MAX)) as f32) // finite: the only candidate is still one
         })
     }
 
@@ -192,6 +193,8 @@ mod tests {
         let mut dry = Dry::new(&SamplingParams { dry_base: 1000.0, ..params(0) });
         let found = penalties(&mut dry, &"a".repeat(5_000));
         assert!(found.len() == 1 && found[0].1.is_finite() && found[0].1 > 1e30, "{found:?}");
+        let mut dry = Dry::new(&SamplingParams { dry_base: 1000.0, dry_multiplier: 1000.0, ..params(0) });
+        assert_eq!(penalties(&mut dry, &"a".repeat(5_000)), [('a', f32::MAX)]);
         let mut flat = Dry::new(&SamplingParams { dry_base: 1.0, ..params(0) });
         assert_eq!(penalties(&mut flat, &"a".repeat(5_000)), [('a', 1.0)]);
     }

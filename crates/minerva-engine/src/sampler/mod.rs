@@ -180,6 +180,11 @@ impl Sampler {
         Ok(sampler)
     }
 
+    /// How many tokens before the next one count for it.
+    pub fn window_tokens(&self) -> usize {
+        self.penalties.window_tokens().max(self.dry.window_tokens())
+    }
+
     /// Notes a token of the prompt or of the output for what looks back. Ids outside the vocabulary are ignored.
     pub fn accept(&mut self, token: TokenId) {
         if !in_vocab(token, self.n_vocab) {

@@ -105,6 +105,9 @@ impl Worker {
             let nobody = self.scheduler.admit(self.clock_us(Instant::now()));
             debug_assert!(nobody.is_none(), "{nobody:?} is admitted at the end");
             self.use_tiers();
+            if self.disk.is_none() || began.elapsed() >= MOST_FLUSH {
+                return;
+            }
             if !self.scheduler.is_writing() {
                 match self.scheduler.park_last() {
                     Some(CacheOp::Park { seq, at, .. }) if self.park(seq, at) => continue,

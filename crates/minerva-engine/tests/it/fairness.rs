@@ -40,6 +40,21 @@ fn one_request_does_not_wait_for_the_two_hundred_of_another_client() {
 }
 
 #[test]
+fn a_deadline_holds_for_a_request_that_had_to_yield() {
+    let engine = Engine::simulate(SimConfig { n_seq_max: 1, step_us: 2_000, ..SimConfig::default() });
+    let late = submit(&engine, Request { priority: 5, deadline_ms: Some(400), ..greedy(tokens(1, 5), 900) });
+    wait_until("it has begun", || engine.stats().generated_tokens_total > 10);
+    let better = submit(&engine, greedy(tokens(2, 5), 900));
+    let answer = read(late);
+    assert_eq!(answer.choices[0].reason(), FinishReason::Length);
+    assert!(!answer.choices[0].text.is_empty(), "what it had is its answer");
+    assert_eq!(engine.stats().requests_running, 1, "the other goes on, which takes two seconds");
+    assert_eq!(read(better).summary().completion_tokens, 900);
+    wait_until_idle(&engine);
+    assert_eq!((engine.stats().requests_queued, engine.stats().failed_total), (0, 0));
+}
+
+#[test]
 fn a_request_whose_deadline_passes_in_the_queue_never_begins_and_one_that_runs_is_cut_off() {
     let engine = Engine::simulate(SimConfig { n_seq_max: 1, step_us: 5_000, ..SimConfig::default() });
     let running = submit(&engine, Request { deadline_ms: Some(2_000), ..greedy(tokens(1, 5), 900) });

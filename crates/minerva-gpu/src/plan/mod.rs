@@ -207,9 +207,7 @@ pub enum PlanError {
 /// # Errors
 /// [`PlanError::OutOfMemory`] when nothing that the wishes allow fits, [`PlanError::Wish`] when they contradict each other.
 pub fn plan(model: &ModelShape, wishes: &Wishes, machine: &PlanMachine) -> Result<Plan, PlanError> {
-    let search = search::Search::new(model, wishes, machine)?;
-    let as_stored = search.as_stored();
-    search.plan().or_else(|problem| as_stored.and_then(|search| search.plan().ok()).ok_or(problem))
+    search::Search::new(model, wishes, machine)?.plan()
 }
 
 /// A rung of such a plan with other settings of the same load: as many cells and sequences, the same placement. `None` where that does

@@ -124,6 +124,13 @@ impl<'a> Search<'a> {
         let wish = self.first_draft()?;
         let wants_devices = !self.devices.is_empty() && self.wishes.gpu_layers != Some(0);
         let best = if wants_devices { self.best_on_devices(&wish) } else { None };
+        // Copies of what stays on the host may be all that has no room.
+        if best.is_none() && wants_devices {
+            let as_stored = self.as_stored().and_then(|search| search.plan().ok());
+            if let Some(plan) = as_stored.filter(|plan| !plan.best().is_cpu()) {
+                return Ok(plan);
+            }
+        }
         let needed = self.closest.get();
         let cpu = || self.on_cpu(&wish, wants_devices);
         let best = match best {
@@ -131,7 +138,8 @@ impl<'a> Search<'a> {
             None if wants_devices && !self.wishes.cpu_fallback => return Err(self.out_of_memory(needed.unwrap_or(0))),
             None => cpu()?,
         };
-        let largest_context_tokens = self.largest_context(&best);
+        let as_stored = if best.as_stored { self.as_stored() } else { None };
+        let largest_context_tokens = as_stored.as_ref().unwrap_or(&self).largest_context(&best);
         let mut rungs = ladder::below(&self, &best);
         if !best.is_cpu() && self.wishes.cpu_fallback {
             rungs.extend(cpu().ok());

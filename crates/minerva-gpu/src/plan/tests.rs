@@ -237,6 +237,15 @@ fn repacked_weights_must_fit_though_the_file_is_mapped() {
             "{ram}"
         );
     }
+    assert_eq!(tight.largest_context_tokens, stored.largest_context_tokens);
+    // Beside a device that pins nothing, what stays on the host may have no room for copies either: still a plan on the device.
+    for wishes in [wishes.clone(), Wishes { cpu_fallback: false, ..wishes.clone() }] {
+        let mut machine = machine("rpc:3GiB,ram:3GiB");
+        machine.host.traits.repacked_types = repacked.to_vec();
+        let plan = plan(&model, &wishes, &machine).unwrap();
+        fits(&plan);
+        assert!(plan.best().as_stored && plan.best().placement.n_gpu_layers() > 16, "{plan}");
+    }
     // A plan on a device keeps its last rung.
     let plan = with("cuda:24GiB,ram:3GiB", &repacked).unwrap();
     assert!(!plan.best().as_stored && plan.rungs.last().is_some_and(|rung| rung.is_cpu() && rung.as_stored), "{plan}");

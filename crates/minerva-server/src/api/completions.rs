@@ -11,8 +11,12 @@ use crate::state::App;
 /// Choices of one request, over all of its prompts.
 const MAX_CHOICES: usize = 256;
 
-/// Turns the body into one engine request per prompt; the choices of prompt `p` are `p * n ..`.
-pub(crate) fn parse(mut fields: Fields, app: &App, info: &ModelInfo) -> Result<(Vec<Request>, Delivery), ApiError> {
+/// Turns the body into an engine request and the prompts that it is for; the choices of prompt `p` are `p * n ..`.
+pub(crate) fn parse(
+    mut fields: Fields,
+    app: &App,
+    info: &ModelInfo,
+) -> Result<(Request, Vec<Prompt>, Delivery), ApiError> {
     params::check_model(&mut fields, app, info)?;
     let mut delivery = params::delivery(&mut fields)?;
     let mut request = params::request(&mut fields, info)?;
@@ -28,8 +32,7 @@ pub(crate) fn parse(mut fields: Fields, app: &App, info: &ModelInfo) -> Result<(
         return Err(ApiError::wrong_value("prompt", &wanted));
     }
     params::finish(fields, app)?;
-    let requests = prompts.into_iter().map(|prompt| Request { prompt, ..request.clone() }).collect();
-    Ok((requests, delivery))
+    Ok((request, prompts, delivery))
 }
 
 fn prompts(fields: &mut Fields, info: &ModelInfo) -> Result<Vec<Prompt>, ApiError> {

@@ -4,6 +4,24 @@ use serde_json::{Map, Value as Json};
 
 use super::error::ApiError;
 
+/// Arrays and objects of one body. Two bytes of text become some three hundred in memory.
+const MAX_CONTAINERS: usize = 100_000;
+
+/// How many arrays and objects begin in a JSON text; of what is no JSON at most that.
+fn n_containers(bytes: &[u8]) -> usize {
+    let (mut n, mut is_text, mut is_escaped) = (0, false, false);
+    for byte in bytes {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if is_text => is_escaped = true,
+            b'"' => is_text = !is_text,
+            b'[' | b'{' if !is_text => n += 1,
+            _ => {}
+        }
+    }
+    n
+}
+
 /// The fields that nobody has taken yet. `null` counts as absent, as with OpenAI.
 #[derive(Debug)]
 pub(crate) struct Fields {
@@ -15,6 +33,12 @@ pub(crate) struct Fields {
 impl Fields {
     /// Parses a body. serde_json bounds the depth to 128.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
+        let n_containers = n_containers(bytes);
+        if n_containers > MAX_CONTAINERS {
+            let message =
+                format!("the request body has {n_containers} arrays and objects, the limit is {MAX_CONTAINERS}");
+            return Err(ApiError::invalid("too_many_values", message));
+        }
         let json = serde_json::from_slice(bytes).map_err(|problem| {
             // Only the place: the text around it is the client's, and the message may be logged by whoever reads it.
             let message = format!("the request body is not valid JSON: {problem}");
@@ -104,4 +128,20 @@ pub(crate) fn float(json: &Json, path: &str) -> Result<f32, ApiError> {
     let Json::Number(number) = json else { return Err(ApiError::wrong_type(path, "a number", json)) };
     let value = number.as_f64().unwrap_or(f64::NAN) as f32;
     if value.is_finite() { Ok(value) } else { Err(ApiError::wrong_value(path, "a smaller number")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_become_much_larger_in_memory_is_refused() {
+        let many = |n: usize| format!("{{\"x\":[{}]}}", vec!["[]"; n].join(","));
+        assert!(Fields::parse(many(MAX_CONTAINERS - 2).as_bytes()).is_ok());
+        assert_eq!(Fields::parse(many(MAX_CONTAINERS - 1).as_bytes()).unwrap_err().code, "too_many_values");
+        // What stands in a text is none.
+        let text = format!("{{\"prompt\": \"a\\\"{}\"}}", "[{".repeat(MAX_CONTAINERS));
+        assert!(Fields::parse(text.as_bytes()).is_ok());
+        assert_eq!(n_containers(b"[\"\\\\\", {}]"), 2);
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use hyper::body::Incoming;
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Request, Response};
-use minerva_engine::{Engine, Event, FinishReason, Request as EngineRequest};
+use minerva_engine::{Engine, Event, FinishReason, Prompt, Request as EngineRequest};
 
 use super::error::ApiError;
 use super::fields::Fields;
@@ -35,24 +35,29 @@ pub(super) async fn answer(
     let in_flight = app.in_flight.enter();
     let engine = ready_engine(app)?;
     let body = body::read(app, request, call.busy).await?;
-    let (mut requests, delivery) = if body.bytes.len() > MAX_INLINE_PARSE_BYTES {
+    let (mut request, prompts, delivery) = if body.bytes.len() > MAX_INLINE_PARSE_BYTES {
         let (app, engine) = (Arc::clone(app), engine.clone());
-        tokio::task::spawn_blocking(move || parse(&body.bytes, &app, &engine, shape))
+        // What a large body becomes is many times its size: few at once.
+        let permit = Arc::clone(&app.large_bodies).acquire_owned().await;
+        let permit = permit.map_err(|problem| ApiError::internal(problem.to_string()))?;
+        let parsed = move || {
+            let _permit = permit;
+            parse(&body.bytes, &app, &engine, shape)
+        };
+        tokio::task::spawn_blocking(parsed)
             .await
             .map_err(|problem| ApiError::internal(format!("parsing a request panicked: {problem}")))??
     } else {
         parse(&body.bytes, app, &engine, shape)?
     };
-    for request in &mut requests {
-        request.client = client;
-        request.queue_updates = delivery.queue_updates;
-        if request.priority < 0 && !app.settings.allow_priority {
-            let message = "`priority` must be at least 0: this server does not let requests go before others";
-            return Err(ApiError::field("priority", "priority_not_allowed", message));
-        }
+    request.client = client;
+    request.queue_updates = delivery.queue_updates;
+    if request.priority < 0 && !app.settings.allow_priority {
+        let message = "`priority` must be at least 0: this server does not let requests go before others";
+        return Err(ApiError::field("priority", "priority_not_allowed", message));
     }
-    let has_logprobs = requests.first().is_some_and(|request| request.logprobs.is_some());
-    let answer = submit(app, &engine, requests, (shape, delivery), call.started).await?;
+    let has_logprobs = request.logprobs.is_some();
+    let answer = submit(app, &engine, (request, prompts), (shape, delivery), call.started).await?;
     let envelope = Envelope {
         shape,
         id: app.new_id(shape.id_prefix()),
@@ -95,10 +100,16 @@ fn ready_engine(app: &App) -> Result<Engine, ApiError> {
     }
 }
 
-fn parse(bytes: &[u8], app: &App, engine: &Engine, shape: Shape) -> Result<(Vec<EngineRequest>, Delivery), ApiError> {
+/// A request, and the prompts that it is for: copies of it are made one by one, as they are accepted.
+type Parsed = (EngineRequest, Vec<Prompt>, Delivery);
+
+fn parse(bytes: &[u8], app: &App, engine: &Engine, shape: Shape) -> Result<Parsed, ApiError> {
     let fields = Fields::parse(bytes)?;
     match shape {
-        Shape::Chat => chat::parse(fields, app, engine.info()).map(|(request, delivery)| (vec![request], delivery)),
+        Shape::Chat => chat::parse(fields, app, engine.info()).map(|(mut request, delivery)| {
+            let prompt = std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()));
+            (request, vec![prompt], delivery)
+        }),
         Shape::Completion => completions::parse(fields, app, engine.info()),
     }
 }
@@ -107,15 +118,14 @@ fn parse(bytes: &[u8], app: &App, engine: &Engine, shape: Shape) -> Result<(Vec<
 async fn submit(
     app: &Arc<App>,
     engine: &Engine,
-    requests: Vec<EngineRequest>,
+    (request, prompts): (EngineRequest, Vec<Prompt>),
     (shape, delivery): (Shape, Delivery),
     started: Instant,
 ) -> Result<Answer, ApiError> {
-    let is_single = requests.len() == 1;
-    let n = requests.first().map_or(1, |request| request.n);
-    let mut streams = Vec::with_capacity(requests.len());
-    for (p, request) in requests.into_iter().enumerate() {
-        let stream = engine.generate(request).await.map_err(|refusal| {
+    let (is_single, n) = (prompts.len() == 1, request.n);
+    let mut streams = Vec::with_capacity(prompts.len());
+    for (p, prompt) in prompts.into_iter().enumerate() {
+        let stream = engine.generate(EngineRequest { prompt, ..request.clone() }).await.map_err(|refusal| {
             let field = shape.prompt_field();
             let prompt = if is_single { field.to_owned() } else { format!("{field}[{p}]") };
             ApiError::refused(&refusal, &prompt, delivery.constraint_field)

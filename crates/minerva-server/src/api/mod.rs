@@ -81,7 +81,7 @@ pub static ROUTES: &[Route] = &[
 impl Route {
     fn find(path: &str) -> Option<&'static Self> {
         let matches = |route: &&Self| match route.path.strip_suffix('*') {
-            Some(start) => path.strip_prefix(start).is_some_and(|rest| !rest.is_empty() && !rest.contains('/')),
+            Some(start) => path.strip_prefix(start).is_some_and(|rest| !rest.is_empty()),
             None => route.path == path,
         };
         ROUTES.iter().find(matches)
@@ -142,7 +142,9 @@ pub(crate) async fn handle(app: Arc<App>, request: Request<Incoming>, busy: Busy
         && let Ok(value) = HeaderValue::from_str(&origin)
     {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, value);
-        headers.insert(header::VARY, HeaderValue::from_static("origin"));
+        headers.insert(header::VARY, HeaderValue::from_static("origin, access-control-request-headers"));
+        let readable = HeaderValue::from_static("x-request-id, retry-after");
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, readable);
     }
     let status = response.status().as_u16();
     let guard = Guard { app, endpoint, status, started, request_id, in_flight, busy };
@@ -183,7 +185,8 @@ async fn answer(
         return Err(ApiError::request(StatusCode::NOT_FOUND, "unknown_url", message));
     };
     if request.method() == Method::OPTIONS {
-        return Ok(options(route, is_preflight).into());
+        let wanted = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
+        return Ok(options(route, is_preflight, wanted).into());
     }
     if !route.takes(request.method()) {
         let message = format!("this path takes {}", route.allow());
@@ -194,7 +197,11 @@ async fn answer(
     Ok(match route.endpoint {
         Endpoint::Generate(shape) => generation::answer(call, request, shape, client.unwrap_or(0)).await?,
         Endpoint::Models => json(models::list(app)).into(),
-        Endpoint::Model => json(models::get(app, request.uri().path().rsplit('/').next().unwrap_or_default())?).into(),
+        Endpoint::Model => {
+            let name = request.uri().path().strip_prefix(route.path.trim_end_matches('*')).unwrap_or_default();
+            let name = percent_encoding::percent_decode_str(name).decode_utf8_lossy();
+            json(models::get(app, &name)?).into()
+        }
         Endpoint::Status => json(status::print(app)).into(),
         Endpoint::Metrics => {
             let mut response = Response::new(ResponseBody::whole(crate::metrics::print(app)));
@@ -207,15 +214,16 @@ async fn answer(
     })
 }
 
-fn options(route: &Route, is_preflight: bool) -> Response<ResponseBody> {
+/// An allowed origin may send what headers it likes: official clients send many of their own.
+fn options(route: &Route, is_preflight: bool, wanted: Option<HeaderValue>) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::whole(""));
     *response.status_mut() = StatusCode::NO_CONTENT;
     let headers = response.headers_mut();
     headers.insert(header::ALLOW, HeaderValue::from_static(route.allow()));
     if is_preflight {
         headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(route.allow()));
-        let allowed = HeaderValue::from_static("authorization, content-type, x-api-key, x-request-id");
-        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, allowed);
+        let usual = || HeaderValue::from_static("authorization, content-type, x-api-key, x-request-id");
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.unwrap_or_else(usual));
         headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
     }
     response

@@ -128,16 +128,17 @@ impl Invocation {
 
     /// Takes a flag's text; of several the last one counts.
     fn set(&mut self, setting: &'static Setting, text: &str) -> Result<(), ConfigError> {
+        let is_main = setting.path == "gpu.device";
         let allowed = match (setting.kind.parse_text(text), setting.kind, &mut self.action) {
             (Ok(value), ..) => {
                 self.values.push((setting, value));
                 return Ok(());
             }
-            (Err(_), Kind::Device, action) if text == "debug" => {
+            (Err(_), Kind::Device, action) if is_main && text == "debug" => {
                 *action = Action::Diagnose;
                 return Ok(());
             }
-            (Err(allowed), Kind::Device, Action::Plan { machine, .. }) => match text.parse() {
+            (Err(allowed), Kind::Device, Action::Plan { machine, .. }) if is_main => match text.parse() {
                 Ok(made_up) => {
                     *machine = Some(made_up);
                     return Ok(());

@@ -93,10 +93,7 @@ impl Kind {
                 let is_known = text.parse::<u32>().is_ok() || text.parse::<minerva_gpu::DeviceChoice>().is_ok();
                 if is_known { Ok(Value::from(text)) } else { Err(self.allowed()) }
             }
-            Self::List { .. } => {
-                let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
-                Ok(Value::from(items.map(Value::from).collect::<Vec<_>>()))
-            }
+            Self::List { .. } => self.list(text.split(',')),
         }
     }
 
@@ -109,8 +106,8 @@ impl Kind {
                 bytes.map(Value::from).ok_or_else(|| self.allowed())
             }
             (Self::List { .. }, Json::Array(items)) => {
-                let texts = items.iter().map(|item| item.as_str().map(Value::from).ok_or_else(|| self.allowed()));
-                Ok(Value::from(texts.collect::<Result<Vec<_>, _>>()?))
+                let texts = items.iter().map(|item| item.as_str().ok_or_else(|| self.allowed()));
+                self.list(texts.collect::<Result<Vec<_>, _>>()?.into_iter())
             }
             (Self::Bool, Json::Bool(value)) => Ok(Value::from(*value)),
             (Self::Bool, _) | (Self::Text | Self::OneOf(_), Json::Number(_) | Json::Bool(_)) => Err(self.allowed()),
@@ -118,6 +115,13 @@ impl Kind {
             (_, Json::Number(number)) => self.parse_text(&number.to_string()),
             _ => Err(self.allowed()),
         }
+    }
+
+    /// Texts without the blanks around them, and without empty ones. A list of secrets that is given is not empty: a key that somebody
+    /// forgot to fill in would let everybody in.
+    fn list<'a>(self, items: impl Iterator<Item = &'a str>) -> Result<Value, String> {
+        let items: Vec<Value> = items.map(str::trim).filter(|item| !item.is_empty()).map(Value::from).collect();
+        if items.is_empty() && self.is_secret() { Err(self.allowed()) } else { Ok(Value::from(items)) }
     }
 
     /// What the value must be.
@@ -207,6 +211,20 @@ mod tests {
         let cache = Kind::Megabytes { zero: true };
         assert_eq!((limit(cache.parse_text("0")), limit(cache.parse_json(&Json::from(0)))), (Some(0), Some(0)));
         assert_eq!((limit(cache.parse_text("Off")), LIMIT.parse_text("off").is_err()), (Some(0), true));
+    }
+
+    #[test]
+    fn a_list_of_keys_that_is_given_has_a_key() {
+        let (keys, names) = (Kind::List { secret: true }, Kind::List { secret: false });
+        let listed = |value: Value| value.into_array().unwrap().len();
+        for empty in ["", ",", "  , "] {
+            assert!(keys.parse_text(empty).is_err(), "{empty:?}");
+            assert_eq!(listed(names.parse_text(empty).unwrap()), 0);
+            assert!(keys.parse_json(&serde_json::json!([empty.replace(',', "")])).is_err(), "{empty:?}");
+        }
+        assert!(keys.parse_json(&serde_json::json!([])).is_err());
+        let given = keys.parse_json(&serde_json::json!([" sk-one ", ""])).unwrap();
+        assert_eq!(given, Value::from(vec![Value::from("sk-one")]));
     }
 
     #[test]

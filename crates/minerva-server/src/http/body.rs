@@ -14,6 +14,10 @@ use super::Busy;
 use crate::sse::SseBody;
 use crate::state::{App, InFlightGuard};
 
+/// A whole body goes out in pieces of this size, so that its guard lives until the client has taken nearly all of it: of one piece the
+/// connection keeps a copy and the body is done.
+const MAX_FRAME_BYTES: usize = 16 << 10;
+
 /// A response body, with what must live until its last byte is out or its client is gone.
 pub(crate) struct ResponseBody {
     content: Content,
@@ -22,7 +26,7 @@ pub(crate) struct ResponseBody {
 }
 
 enum Content {
-    Whole(Option<Bytes>),
+    Whole(Bytes),
     Events(Box<SseBody>),
 }
 
@@ -55,7 +59,7 @@ impl Drop for Guard {
 
 impl ResponseBody {
     pub(crate) fn whole(bytes: impl Into<Bytes>) -> Self {
-        Self { content: Content::Whole(Some(bytes.into())), guard: None }
+        Self { content: Content::Whole(bytes.into()), guard: None }
     }
 
     pub(crate) fn events(events: SseBody) -> Self {
@@ -74,21 +78,25 @@ impl Body for ResponseBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         match &mut self.content {
-            Content::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Content::Whole(bytes) => {
+                let part = bytes.split_to(bytes.len().min(MAX_FRAME_BYTES));
+                Poll::Ready(Some(Ok(Frame::data(part))))
+            }
             Content::Events(events) => events.poll_bytes(cx).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes)))),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.content {
-            Content::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Content::Whole(bytes) => bytes.is_empty(),
             Content::Events(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
-            Content::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Content::Events(_) => SizeHint::default(),
         }
     }

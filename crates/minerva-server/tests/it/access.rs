@@ -90,6 +90,10 @@ async fn an_allowed_origin_gets_its_preflight_without_a_key_and_may_read_the_ans
     assert_eq!(reply.status, 204);
     assert_eq!(reply.header("access-control-allow-origin"), Some("https://chat.example"));
     assert!(reply.header("access-control-allow-headers").unwrap().contains("authorization"));
+    // Official clients send headers of their own.
+    let own = "access-control-request-method: POST\r\naccess-control-request-headers: authorization,x-stainless-os\r\n";
+    let reply = raw(&server, head("OPTIONS", "/v1/chat/completions", &format!("{origin}{own}")).as_bytes()).await;
+    assert_eq!(reply.header("access-control-allow-headers"), Some("authorization,x-stainless-os"));
     assert_eq!(raw(&server, head("OPTIONS", "/v1/chat/completions", "").as_bytes()).await.status, 401);
     let reply = raw(&server, head("GET", "/v1/models", &format!("{origin}x-api-key: sk-right\r\n")).as_bytes()).await;
     assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, Some("https://chat.example")));

@@ -273,7 +273,7 @@ async fn unknown_fields_are_refused_only_when_strict() {
 #[tokio::test]
 async fn unknown_paths_and_methods_have_their_codes() {
     let server = start().await;
-    for path in ["/", "/v1", "/v1/chat", "/v1/models/", "/v1/models/a/b", "/metrics/x", "/v1/embeddings"] {
+    for path in ["/", "/v1", "/v1/chat", "/v1/models/", "/metrics/x", "/v1/embeddings"] {
         assert_eq!(server.get(path).await.error(), (404, "unknown_url".to_owned(), None), "{path}");
     }
     for (method, path, allow) in [

@@ -81,6 +81,8 @@ async fn the_model_list_names_the_context_of_one_request() {
     assert_eq!(server.get("/v1/models/sim").await.json()["meta"]["n_ctx"], json!(1024));
     assert_eq!(server.get("/v1/models/default").await.json()["object"], "model");
     assert_eq!(server.get("/v1/models/gpt-4").await.error().1, "model_not_found");
+    assert_eq!(server.get("/v1/models/%73im").await.json()["object"], "model");
+    assert_eq!(server.get("/v1/models/a/b").await.error().1, "model_not_found");
 }
 
 #[tokio::test]
