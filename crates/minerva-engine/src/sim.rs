@@ -443,11 +443,7 @@ impl Backend for SimBackend {
         let held: usize = self.seqs.iter().map(|seq| seq.tokens.len()).sum();
         assert!(held <= self.limits().n_cells as usize, "{held} cells are in use");
         if self.config.fail_every_steps.is_some_and(|every| self.n_steps.is_multiple_of(every)) {
-            return Err(StepError {
-                cache_unchanged: false,
-                begins_anew: false,
-                message: "a simulated fault".to_owned(),
-            });
+            return Err(StepError::new(false, "a simulated fault"));
         }
         Ok(())
     }

@@ -68,3 +68,10 @@ pub struct StepError {
     /// What went wrong.
     pub message: String,
 }
+
+impl StepError {
+    /// A step that failed while its sequences were what they were believed to be.
+    pub fn new(cache_unchanged: bool, message: impl Into<String>) -> Self {
+        Self { cache_unchanged, begins_anew: false, message: message.into() }
+    }
+}

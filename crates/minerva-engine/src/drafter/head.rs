@@ -128,11 +128,7 @@ impl Follower {
         }
         self.n_hidden = hidden.len() / rows.len();
         if self.n_hidden == 0 {
-            self.give_up(StepError {
-                cache_unchanged: true,
-                begins_anew: false,
-                message: "no hidden states".to_owned(),
-            });
+            self.give_up(StepError::new(true, "no hidden states"));
             return;
         }
         for (row, state) in rows.iter().zip(hidden.chunks_exact(self.n_hidden)) {
@@ -448,8 +444,7 @@ impl Backend for Followed {
 impl Drop for HeadDrafter {
     /// Nobody asks any more: the head need not follow.
     fn drop(&mut self) {
-        let nobody =
-            StepError { cache_unchanged: true, begins_anew: false, message: "nobody asks the head".to_owned() };
+        let nobody = StepError::new(true, "nobody asks the head");
         lock(&self.follower).give_up(nobody);
     }
 }

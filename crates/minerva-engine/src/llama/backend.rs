@@ -48,11 +48,7 @@ impl LlamaBackend {
 
     /// Computes on a thread that ends, and forgets what was computed.
     fn forgotten(&mut self, step: impl FnOnce(&mut Self) -> Result<(), StepError> + Send) -> Result<(), StepError> {
-        let panicked = || StepError {
-            cache_unchanged: false,
-            begins_anew: false,
-            message: "the warm-up step panicked".to_owned(),
-        };
+        let panicked = || StepError::new(false, "the warm-up step panicked");
         thread::scope(|scope| scope.spawn(|| step(self)).join()).unwrap_or_else(|_| Err(panicked()))?;
         self.truncate(0, 0);
         Ok(())
@@ -173,11 +169,9 @@ impl HeadBackend for LlamaBackend {
         let n_hidden = hidden.len() / rows.len().max(1);
         for (i, row) in rows.iter().enumerate() {
             let state = &hidden[i * n_hidden..(i + 1) * n_hidden];
-            self.batch.push_after(state, row.token, row.pos, row.seq, row.output).map_err(|error| StepError {
-                cache_unchanged: true,
-                begins_anew: false,
-                message: error.to_string(),
-            })?;
+            self.batch
+                .push_after(state, row.token, row.pos, row.seq, row.output)
+                .map_err(|error| StepError::new(true, error.to_string()))?;
         }
         self.context.decode(&mut self.batch).map_err(|error: DecodeError| StepError {
             cache_unchanged: error.cache_unchanged(),

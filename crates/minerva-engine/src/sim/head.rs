@@ -134,7 +134,7 @@ impl HeadBackend for SimHead {
         assert_eq!(hidden.len(), rows.len() * N_HIDDEN, "hidden states of {} rows", rows.len());
         let held: usize = self.seqs.iter().map(|seq| seq.after.len()).sum();
         if held + rows.len() > self.limits.n_cells as usize {
-            return Err(StepError { cache_unchanged: true, begins_anew: false, message: "no room".to_owned() });
+            return Err(StepError::new(true, "no room"));
         }
         self.n_steps += 1;
         self.rows.clear();
@@ -143,11 +143,7 @@ impl HeadBackend for SimHead {
             self.row(*row, state);
         }
         if self.draft.fails_at_step == Some(self.n_steps) {
-            return Err(StepError {
-                cache_unchanged: false,
-                begins_anew: false,
-                message: "a simulated fault".to_owned(),
-            });
+            return Err(StepError::new(false, "a simulated fault"));
         }
         Ok(())
     }

@@ -30,8 +30,7 @@ pub fn plan_with(
     companions: &Companions<'_>,
 ) -> Result<Plan, PlanError> {
     let mut planned = plan(model, wishes, machine)?;
-    let stored = machine.as_stored();
-    let machine = if planned.best().as_stored { &stored } else { machine };
+    let machine = &*machine.of_rung(planned.best());
     if let Some((shape, asked)) = companions.projector {
         planned = projector::add(planned, &|| Search::new(model, wishes, machine), shape, asked)?;
     }

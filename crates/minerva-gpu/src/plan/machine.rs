@@ -1,9 +1,11 @@
 //! The machine of a plan: devices and a host, real or made up.
 
+use std::borrow::Cow;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::Rung;
 use crate::device::GpuDevice;
 use crate::estimate::{DeviceTraits, HostTraits};
 use crate::memory::{default_limit_bytes, parse_bytes};
@@ -186,10 +188,13 @@ pub struct PlanMachine {
 }
 
 impl PlanMachine {
-    /// The same without a layout of the host's own for weights.
-    pub(super) fn as_stored(&self) -> Self {
+    /// The machine as a rung has it: without a layout of the host's own for weights, where it does without.
+    pub(super) fn of_rung(&self, rung: &Rung) -> Cow<'_, Self> {
+        if !rung.as_stored {
+            return Cow::Borrowed(self);
+        }
         let host = PlanHost { traits: HostTraits::default(), ..self.host.clone() };
-        Self { host, ..self.clone() }
+        Cow::Owned(Self { host, ..self.clone() })
     }
 }
 

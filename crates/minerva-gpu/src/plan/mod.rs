@@ -223,8 +223,7 @@ pub fn with_settings(
     settings: &LoadSettings,
     head: Option<&HeadShape>,
 ) -> Option<Rung> {
-    let as_stored = machine.as_stored();
-    let machine = if rung.as_stored { &as_stored } else { machine };
+    let machine = &machine.of_rung(rung);
     let Some(head) = head.filter(|_| rung.draft.as_ref().is_some_and(|load| load.is_head)) else {
         return search::Search::new(model, wishes, machine).ok()?.with_settings(rung, settings);
     };

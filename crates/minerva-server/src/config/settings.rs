@@ -202,7 +202,7 @@ pub static SETTINGS: &[Setting] = &[
         Initial::Unset,
         "KV cells that all sequences share: the memory of the context, as llama-server's `-c`.").short('c'),
     setting("performance.n_batch", "MINERVA_N_BATCH", "batch-size", Kind::Uint { min: 1, max: 1 << 20, words: &[] },
-        Initial::Uint(2048), "The most tokens of one step, over all sequences.").short('b'),
+        Initial::Uint(2048), "The most tokens of one step, over all sequences; at least as many as there are sequences.").short('b'),
     setting("performance.n_ubatch", "MINERVA_N_UBATCH", "ubatch-size", Kind::Uint { min: 1, max: 1 << 20, words: AUTO_OR_ZERO },
         Initial::Unset, "The most tokens that the device computes at once; compute buffers grow with it. `auto`: 512, or less \
         when memory is short.").dash("ub"),
