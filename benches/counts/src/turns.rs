@@ -20,6 +20,7 @@ fn scheduler(n_seq_max: u32, n_cells_per_seq: u32) -> Scheduler {
         keeps_beginnings: true,
         checkpoints_need_cells: false,
         n_window_tokens: 0,
+        n_copied_window_tokens: 0,
         window_cell_bytes: 0,
         n_batch: 2048,
         n_ubatch: 512,

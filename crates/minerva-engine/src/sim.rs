@@ -52,6 +52,8 @@ pub enum SimMemory {
     Hybrid,
     /// Cells, some of which are kept only for so many tokens, as of Gemma: where nothing was dropped yet, or with a checkpoint.
     Window(u32),
+    /// The same with cells that keep everything, of which copies in host memory have so many: anywhere, but for what came back from there.
+    FullWindow(u32),
 }
 
 /// Bytes of the simulator's recurrent state in [`BackendLimits`].
@@ -299,6 +301,8 @@ struct SimSeq {
     tokens: Vec<TokenId>,
     /// What the part has seen that cannot be cut: of recurrent memory all tokens, of a window the last ones.
     part: Vec<TokenId>,
+    /// It came back from host memory without what is needed to be shorter than this.
+    n_least: usize,
 }
 
 impl SimSeq {
@@ -306,7 +310,7 @@ impl SimSeq {
         assert!(self.tokens.ends_with(&self.part), "the state is that of another text");
         self.tokens.push(token);
         match memory {
-            SimMemory::Cells => {}
+            SimMemory::Cells | SimMemory::FullWindow(_) => {}
             SimMemory::Recurrent | SimMemory::Hybrid => self.part.push(token),
             SimMemory::Window(n) => {
                 self.part.push(token);
@@ -317,8 +321,7 @@ impl SimSeq {
     }
 
     fn clear(&mut self) {
-        self.tokens.clear();
-        self.part.clear();
+        *self = Self::default();
     }
 
     /// The likeliest next token: letters, digits and blanks that depend on everything before.
@@ -398,6 +401,7 @@ impl Backend for SimBackend {
     fn limits(&self) -> BackendLimits {
         let config = &self.config;
         let n_cells = config.n_cells.unwrap_or(config.context_length_tokens * config.n_seq_max);
+        let keeps_beginnings = matches!(config.memory, SimMemory::Cells | SimMemory::FullWindow(_));
         BackendLimits {
             n_seq_max: config.n_seq_max,
             n_cells_per_seq: config.context_length_tokens,
@@ -407,11 +411,12 @@ impl Backend for SimBackend {
             cell_bytes: if config.memory == SimMemory::Recurrent { 0 } else { size_of::<TokenId>() as u64 },
             state_bytes: match config.memory {
                 SimMemory::Recurrent | SimMemory::Hybrid => STATE_BYTES,
-                SimMemory::Cells | SimMemory::Window(_) => 0,
+                SimMemory::Cells | SimMemory::Window(_) | SimMemory::FullWindow(_) => 0,
             },
-            keeps_beginnings: config.memory == SimMemory::Cells, // or says that it cannot, when it is asked to: `cannot_cut`
+            keeps_beginnings, // or says that it cannot, when it is asked to: `cannot_cut`
             window_cell_bytes: if self.n_window() > 0 { size_of::<TokenId>() as u64 } else { 0 },
             n_window_tokens: self.n_window(),
+            n_copied_window_tokens: if let SimMemory::FullWindow(n) = config.memory { n } else { 0 },
             checkpoints_need_cells: matches!(config.memory, SimMemory::Hybrid | SimMemory::Window(_)),
             n_batch: config.n_batch,
             n_ubatch: config.n_batch,
@@ -461,7 +466,7 @@ impl Backend for SimBackend {
         let held = &mut self.seqs[seq as usize];
         let (n, n_held) = (n_tokens as usize, held.tokens.len());
         let is_cuttable = match self.config.memory {
-            SimMemory::Cells => !self.config.cannot_cut,
+            SimMemory::Cells | SimMemory::FullWindow(_) => !self.config.cannot_cut,
             SimMemory::Recurrent | SimMemory::Hybrid => false,
             SimMemory::Window(_) => n_held <= n_window,
         };
@@ -472,6 +477,7 @@ impl Backend for SimBackend {
             held.clear();
             return n == 0;
         }
+        assert!(n >= held.n_least, "sequence {seq} is cut to {n} tokens of which it has no windows");
         held.tokens.truncate(n);
         held.part.truncate(n);
         true
@@ -493,6 +499,11 @@ impl Backend for SimBackend {
         held.clear();
         for token in tokens_of(state) {
             held.push(token, memory);
+        }
+        if let SimMemory::FullWindow(n) = memory
+            && held.tokens.len() > n as usize
+        {
+            held.n_least = held.tokens.len();
         }
         true
     }

@@ -88,6 +88,7 @@ mod tests {
                 keeps_beginnings: true,
                 window_cell_bytes: 0,
                 n_window_tokens: 0,
+                n_copied_window_tokens: 0,
                 checkpoints_need_cells: false,
                 n_batch: 8,
                 n_ubatch: 8,

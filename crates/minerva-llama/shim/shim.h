@@ -55,6 +55,8 @@ int mnv_seq_cp(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst, l
 // With `part` only what does not stay in the cells of a sequence: recurrent state, and cells of layers with a window.
 int mnv_state_seq_get(struct llama_context * ctx, llama_seq_id seq, bool part, uint8_t * dst, size_t * n, struct mnv_error * error);
 int mnv_state_seq_set(struct llama_context * ctx, llama_seq_id seq, bool part, const uint8_t * src, size_t n, bool * restored, struct mnv_error * error);
+// The first place that a token at `pos` attends to in layers with a window; 0 without such layers.
+llama_pos mnv_window_begin(const struct llama_context * ctx, llama_pos pos);
 
 struct mnv_device_bytes {
     char   name[64]; // llama.cpp's device name, "Host" for the system's memory

@@ -3,6 +3,9 @@
 #include "guard.h"
 
 #include "llama-context.h"
+#include "llama-model.h"
+
+#include <algorithm>
 
 // A copy between streams is only noted down until the next step. Before it is made, what its target holds is not there to be saved,
 // and what is restored into its source would be copied in the place of what was there.
@@ -33,4 +36,20 @@ int mnv_state_seq_set(llama_context * ctx, llama_seq_id seq, bool part, const ui
         *restored = llama_state_seq_set_data_ext(ctx, src, n, seq, mnv_state_flags(part)) != 0;
         return MNV_OK;
     });
+}
+
+// The inverse of `llama_hparams::is_masked_swa`, which no API has.
+llama_pos mnv_window_begin(const llama_context * ctx, llama_pos pos) {
+    const llama_hparams & hparams = ctx->get_model().hparams;
+    const llama_pos       n       = (llama_pos) hparams.n_swa;
+    if (n <= 0) {
+        return 0;
+    }
+    switch (hparams.swa_type) {
+        case LLAMA_SWA_TYPE_NONE:      return 0;
+        case LLAMA_SWA_TYPE_STANDARD:  return std::max(0, pos + 1 - n);
+        case LLAMA_SWA_TYPE_CHUNKED:   return pos / n * n;
+        case LLAMA_SWA_TYPE_SYMMETRIC: return std::max(0, pos - n / 2);
+    }
+    return 0;
 }

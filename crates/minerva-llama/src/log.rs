@@ -86,6 +86,8 @@ fn emit(pending: &mut Pending, line: &str) {
                 pending.last_error = Some(line.to_owned());
             }
         }
+        // Of the load that only checks a plan (`simulation.rs`): the model itself has its tokens.
+        sys::GGML_LOG_LEVEL_WARN if line.ends_with(" dummy tokens") => tracing::debug!(target: "llama.cpp", "{line}"),
         sys::GGML_LOG_LEVEL_WARN => tracing::warn!(target: "llama.cpp", "{line}"),
         sys::GGML_LOG_LEVEL_INFO => tracing::info!(target: "llama.cpp", "{line}"),
         _ => tracing::debug!(target: "llama.cpp", "{line}"),

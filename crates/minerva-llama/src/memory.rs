@@ -216,15 +216,16 @@ impl Context {
     /// Whether a token at `from` would still find all that its window reaches back to. llama.cpp cuts without asking: what is
     /// left of the window then has a hole, or nothing.
     fn has_window_before(&self, seq: sys::llama_seq_id, from: u32) -> bool {
-        let n_window_tokens = self.model().n_window_tokens();
-        if n_window_tokens == 0 || self.model().is_recurrent() {
+        if self.model().n_window_tokens() == 0 || self.model().is_recurrent() {
             return true;
         }
         // SAFETY: a live context.
         let memory = unsafe { sys::llama_get_memory(self.raw()) };
         // SAFETY: the memory lives as long as its context, and the sequence was checked.
         let first = unsafe { sys::llama_memory_seq_pos_min(memory, seq) };
-        u32::try_from(first).is_ok_and(|first| first <= (from + 1).saturating_sub(n_window_tokens))
+        // SAFETY: a live context; the shim only reads the model's sizes.
+        let begin = unsafe { sys::mnv_window_begin(self.raw(), from.cast_signed()) };
+        (0..=begin).contains(&first)
     }
 
     fn checked_seq(&self, seq: u32) -> Result<sys::llama_seq_id, CallError> {

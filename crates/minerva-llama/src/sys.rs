@@ -120,6 +120,7 @@ unsafe extern "C" {
         restored: *mut bool,
         error: *mut mnv_error,
     ) -> c_int;
+    pub fn mnv_window_begin(ctx: *const llama_context, pos: llama_pos) -> llama_pos;
     pub fn mnv_context_memory(
         ctx: *const llama_context,
         out: *mut mnv_device_bytes,

@@ -300,5 +300,14 @@ fn a_window_that_has_moved_on_is_not_cut_or_copied_behind_its_back() {
     assert!(context.keeps_beginnings());
     fill(&mut context, 0, 1500);
     assert_eq!(context.copy_seq(0, 1, 600), Ok(true));
+    let state = context.save_seq(0).expect("it is saved");
     assert_eq!(context.truncate_seq(0, 600), Ok(true));
+    // A copy has no more than the last window.
+    for (n_tokens, is_there) in [(1500, true), (1499, true), (1498, false), (600, false)] {
+        assert_eq!(context.restore_seq(0, &state), Ok(true));
+        assert_eq!(context.truncate_seq(0, n_tokens), Ok(is_there), "{n_tokens} of 1500 tokens");
+    }
+    assert_eq!(context.restore_seq(0, &state), Ok(true));
+    assert_eq!(context.copy_seq(0, 1, 600), Ok(false));
+    assert_eq!(context.copy_seq(0, 1, 1500), Ok(true));
 }

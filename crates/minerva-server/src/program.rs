@@ -94,18 +94,10 @@ fn serve(loaded: Loaded) -> ExitCode {
     let warm = config.performance.warm_file.as_deref().map(WarmFile::read).transpose();
     let checked =
         warm.and_then(|warm| config.address().and_then(|_| Source::new(&config)).map(|source| (source, warm)));
-    let (mut source, warm) = match checked {
+    let (source, warm) = match checked {
         Ok(checked) => checked,
         Err(problem) => return refuse(&problem),
     };
-    // Before the server listens: it asks llama.cpp what it is.
-    if let Source::Model(engine) = &mut source {
-        engine.probe = probing::config(&config);
-        if let Some(problem) = engine.probe.as_ref().and_then(|probe| probing::probe(probe).nothing_works()) {
-            tracing::error!("nothing here can run a model: {problem}");
-            return ExitCode::FAILURE;
-        }
-    }
     config.server.max_connections = limits::allow_connections(config.server.max_connections);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.server.worker_threads)
@@ -134,13 +126,27 @@ fn serve(loaded: Loaded) -> ExitCode {
     }
 }
 
-async fn serve_until_signal(config: Config, source: Source, warm: Option<WarmFile>) -> anyhow::Result<()> {
+async fn serve_until_signal(config: Config, mut source: Source, warm: Option<WarmFile>) -> anyhow::Result<()> {
+    // Before anything slow: the first process of a container has no other way to hear of them.
     let signals = Signals::new().context("cannot listen for signals")?;
+    let mut signal = std::pin::pin!(signals.received());
+    // Before the server listens: it asks llama.cpp what it is.
+    if let Source::Model(engine) = &mut source {
+        engine.probe = probing::config(&config);
+        let probe = engine.probe.clone();
+        let probed =
+            tokio::task::spawn_blocking(move || probe.and_then(|probe| probing::probe(&probe).nothing_works()));
+        tokio::select! {
+            problem = probed => if let Some(problem) = problem.context("the probe ended in a panic")? {
+                anyhow::bail!("nothing here can run a model: {problem}");
+            },
+            () = &mut signal => return Ok(()), // its children end with their time
+        }
+    }
     let server = Server::bind(config).await?;
     let address = server.local_address()?;
     info!("listening on http://{address}");
     let mut load = Load::start(server.app(), source, warm).context("cannot start a thread")?;
-    let mut signal = std::pin::pin!(signals.received());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(server.run(async {
         let _ = stopped.await;

@@ -33,6 +33,10 @@ pub struct BackendLimits {
     /// with recurrent ones beside them.
     #[serde(default)]
     pub n_window_tokens: u32,
+    /// Tokens of layers with a window that are copied out, where their cells keep more: what comes back can go on, and cannot be cut
+    /// shorter. 0 where copies have all that the cells have.
+    #[serde(default)]
+    pub n_copied_window_tokens: u32,
     /// Whether a checkpoint is of use only where the cells of the same tokens are: not where a state is all that there is.
     #[serde(default)]
     pub checkpoints_need_cells: bool,
@@ -42,6 +46,19 @@ pub struct BackendLimits {
     pub n_ubatch: u32,
     /// Tokens of the vocabulary.
     pub n_vocab: usize,
+}
+
+impl BackendLimits {
+    /// How short a sequence of `n_tokens` can be made after it was copied out and back.
+    pub(crate) fn least_of_copy(&self, n_tokens: usize) -> usize {
+        let is_whole = self.n_copied_window_tokens == 0 || n_tokens <= self.n_copied_window_tokens as usize;
+        if is_whole { 0 } else { n_tokens }
+    }
+
+    /// Whether copies can be cut as the cells can.
+    pub(crate) fn copies_keep_beginnings(&self) -> bool {
+        self.keeps_beginnings && self.n_copied_window_tokens == 0
+    }
 }
 
 /// One token of one step.

@@ -2,7 +2,7 @@
 //!
 //! One engine uses a folder at a time (`lock`). Files have numbers for names; each is written under another name first. Files for
 //! other models, and of clients who are unknown now, count and are the first to go. What is damaged is removed, with one line in the
-//! log. Files of other kinds are none of ours and stay.
+//! log; what merely cannot be read now is tried again later. Files of other kinds are none of ours and stay.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -13,7 +13,7 @@ use std::time::SystemTime;
 use minerva_llama::SavedState;
 
 use super::format::{Damage, Head, NamespaceName, StateKey, file_bytes, last_digest, read_state};
-use super::{MOST_FILES, Store};
+use super::{MOST_FILES, Store, Unread};
 use crate::request::TokenId;
 use crate::scheduler::{FileId, OnDisk};
 
@@ -22,6 +22,9 @@ const UNFINISHED: &str = "tmp";
 
 /// What names of namespaces are made with, so that they tell nothing to somebody without it.
 const SALT_BYTES: usize = 32;
+
+/// A file that cannot be read so many times one after the other is damaged.
+const MOST_TRIES: u32 = 3;
 
 /// Why a folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +48,8 @@ struct Known {
     n_bytes: u64,
     /// Of its head: another file in its place has another.
     digest: [u8; 32],
+    /// Attempts to read it that failed since one did not.
+    n_failed: u32,
 }
 
 /// The folder.
@@ -102,6 +107,7 @@ impl Folder {
 
     fn index(&mut self) -> io::Result<Index> {
         let (mut found, mut dropped): (Vec<(SystemTime, Known, Head)>, _) = (Vec::new(), Vec::new());
+        let mut unread = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
             let ending = path.extension().and_then(|ending| ending.to_str());
@@ -110,10 +116,13 @@ impl Folder {
             if ending == Some(UNFINISHED) {
                 remove(&path);
             } else if ending == Some(ENDING) {
+                self.next_number = self.next_number.max(number.saturating_add(1));
                 match look_at(&path, self.limit_bytes) {
-                    Ok((head, known, used)) => {
-                        self.next_number = self.next_number.max(number.saturating_add(1));
-                        found.push((used, known, head));
+                    Ok((head, known, used)) => found.push((used, known, head)),
+                    Err(damage) if damage.may_pass() => {
+                        warn_of(&path, damage, "is left alone");
+                        let n_bytes = fs::symlink_metadata(&path).map_or(0, |about| about.len());
+                        unread.push(Known { path, n_bytes, digest: [0; 32], n_failed: 1 });
                     }
                     Err(damage) => {
                         drop_file(&path, damage);
@@ -123,7 +132,7 @@ impl Folder {
             }
         }
         found.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.path.cmp(&b.1.path)));
-        self.n_bytes = found.iter().map(|(_, known, _)| known.n_bytes).sum();
+        self.n_bytes = found.iter().map(|(_, known, _)| known).chain(&unread).map(|known| known.n_bytes).sum();
         let mut index = Vec::new();
         for (_, known, head) in found {
             let name = self.names.iter().find(|(_, name)| *name == head.namespace && self.key == head.key);
@@ -135,6 +144,7 @@ impl Folder {
             self.files.insert(file, known);
             index.push(OnDisk { file, tokens: head.tokens, namespace, n_bytes });
         }
+        self.others.splice(0..0, unread);
         // A limit may be lower than the last time.
         while self.is_full(0) && self.drop_other() {}
         let mut oldest = index.iter().map(|file| file.file);
@@ -194,7 +204,7 @@ impl Store for Folder {
         self.n_bytes += n_bytes; // before it is there
         match Self::write_file(&path, &head, state) {
             Ok(digest) => {
-                self.files.insert(file, Known { path, n_bytes, digest });
+                self.files.insert(file, Known { path, n_bytes, digest, n_failed: 0 });
                 Ok(true)
             }
             Err(error) => {
@@ -204,14 +214,25 @@ impl Store for Folder {
         }
     }
 
-    fn read(&mut self, file: FileId) -> Result<SavedState, Damage> {
-        let Some(known) = self.files.get(&file) else { return Err(Damage::Unreadable) };
-        let read = read_known(known, self.limit_bytes);
-        if let Err(damage) = read {
+    fn read(&mut self, file: FileId) -> Result<SavedState, Unread> {
+        let gone = Unread { damage: Damage::Unreadable(io::ErrorKind::NotFound), is_gone: true };
+        let Some(known) = self.files.get_mut(&file) else { return Err(gone) };
+        known.n_failed += 1;
+        let damage = match read_known(known, self.limit_bytes) {
+            Ok(state) => {
+                known.n_failed = 0;
+                return Ok(state);
+            }
+            Err(damage) => damage,
+        };
+        let is_gone = !damage.may_pass() || known.n_failed >= MOST_TRIES;
+        if is_gone {
             drop_file(&known.path, damage);
             self.remove(file);
+        } else {
+            warn_of(&known.path, damage, "is left alone for now");
         }
-        read
+        Err(Unread { damage, is_gone })
     }
 
     fn remove(&mut self, file: FileId) {
@@ -240,32 +261,35 @@ fn read_known(known: &Known, limit_bytes: u64) -> Result<SavedState, Damage> {
 
 fn look_at(path: &Path, limit_bytes: u64) -> Result<(Head, Known, SystemTime), Damage> {
     let mut file = open(path)?;
-    let about = file.metadata().map_err(|_| Damage::Unreadable)?;
+    let about = file.metadata().map_err(|error| Damage::Unreadable(error.kind()))?;
     let n_bytes = about.len();
     let (head, digest) = Head::read(&mut file, n_bytes, limit_bytes)?;
     let used = about.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-    Ok((head, Known { path: path.to_path_buf(), n_bytes, digest }, used))
+    Ok((head, Known { path: path.to_path_buf(), n_bytes, digest, n_failed: 0 }, used))
 }
 
 /// Opens a plain file of this user: a link, a pipe, which would never end, and what somebody else put there are none of ours.
 fn open(path: &Path) -> Result<File, Damage> {
-    let is_ours = fs::symlink_metadata(path).is_ok_and(|about| {
-        #[cfg(unix)]
-        let is_mine = std::os::unix::fs::MetadataExt::uid(&about) == rustix::process::geteuid().as_raw();
-        #[cfg(not(unix))]
-        let is_mine = true;
-        about.is_file() && is_mine
-    });
-    if !is_ours {
+    let unreadable = |error: io::Error| Damage::Unreadable(error.kind());
+    let about = fs::symlink_metadata(path).map_err(unreadable)?;
+    #[cfg(unix)]
+    let is_mine = std::os::unix::fs::MetadataExt::uid(&about) == rustix::process::geteuid().as_raw();
+    #[cfg(not(unix))]
+    let is_mine = true;
+    if !(about.is_file() && is_mine) {
         return Err(Damage::NotOurs);
     }
-    File::open(path).map_err(|_| Damage::Unreadable)
+    File::open(path).map_err(unreadable)
 }
 
 fn drop_file(path: &Path, damage: Damage) {
-    let file = path.file_name().unwrap_or_default().to_string_lossy();
-    tracing::warn!(%file, "a file of the disk cache is dropped: {damage}");
+    warn_of(path, damage, "is dropped");
     remove(path);
+}
+
+fn warn_of(path: &Path, damage: Damage, fate: &str) {
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    tracing::warn!(%file, "a file of the disk cache {fate}: {damage}");
 }
 
 /// Whether it is gone.
@@ -321,11 +345,13 @@ fn private() -> OpenOptions {
 /// The folder's own random number; a new one makes all names unknown, and their files the first to go.
 fn salt(path: &Path) -> io::Result<[u8; SALT_BYTES]> {
     let mut salt = [0; SALT_BYTES];
-    if let Ok(mut file) = open(path)
-        && file.metadata()?.len() == SALT_BYTES as u64
-        && file.read_exact(&mut salt).is_ok()
-    {
-        return Ok(salt);
+    match open(path) {
+        Ok(mut file) if file.metadata()?.len() == SALT_BYTES as u64 => {
+            file.read_exact(&mut salt)?;
+            return Ok(salt);
+        }
+        Err(Damage::Unreadable(kind)) if kind != io::ErrorKind::NotFound => return Err(kind.into()),
+        _ => {}
     }
     getrandom::fill(&mut salt).map_err(io::Error::other)?;
     let unfinished = path.with_extension(UNFINISHED);
@@ -333,4 +359,38 @@ fn salt(path: &Path) -> io::Result<[u8; SALT_BYTES]> {
     private().create_new(true).open(&unfinished)?.write_all(&salt)?;
     fs::rename(unfinished, path)?;
     Ok(salt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_read_for_a_while_stays_and_one_that_never_can_goes() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let (path, aside) = (parent.path().join("kv"), parent.path().join("aside"));
+        let open = || Folder::open(&path, 1 << 20, StateKey([1; 32]), &[(0, [2; 32])]).expect("it opens");
+        let (mut folder, _) = open();
+        assert!(folder.write(1, 0, &[1, 2, 3], b"state").expect("it is written"));
+        let cannot_be_read = |folder: &mut Folder| {
+            fs::rename(&path, &aside).expect("it moves");
+            fs::write(&path, b"no folder").expect("it is written");
+            let unread = folder.read(1).expect_err("there is no such folder");
+            fs::remove_file(&path).expect("it goes");
+            fs::rename(&aside, &path).expect("it moves back");
+            unread.is_gone
+        };
+        for _ in 0..2 {
+            assert!(!cannot_be_read(&mut folder));
+            assert!(!cannot_be_read(&mut folder));
+            assert_eq!(folder.read(1).expect("it is there again"), b"state".to_vec().into());
+        }
+        let (n_bytes, n_files) = folder.size();
+        assert_eq!((n_bytes, n_files), (file_bytes(3, 5), 1));
+        for is_gone in [false, false, true] {
+            assert_eq!(cannot_be_read(&mut folder), is_gone);
+        }
+        assert_eq!(folder.size().1, 0);
+        assert_eq!(folder.read(1), Err(Unread { damage: Damage::Unreadable(io::ErrorKind::NotFound), is_gone: true }));
+    }
 }

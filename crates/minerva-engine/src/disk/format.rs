@@ -17,7 +17,7 @@
 //! and a digest of 256 bits misses no fault at about the speed at which disks read. It is no signature: whoever may write to the folder
 //! can write what he likes there.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 
 use minerva_llama::SavedState;
 
@@ -67,8 +67,21 @@ pub(crate) enum Damage {
     Length,
     #[error("its checksum is wrong")]
     Checksum,
-    #[error("it cannot be read")]
-    Unreadable,
+    #[error("it cannot be read ({0})")]
+    Unreadable(ErrorKind),
+    #[error("there is no memory for it")]
+    NoMemory,
+}
+
+impl Damage {
+    /// Whether the file may be whole all the same, and another time be read.
+    pub(super) fn may_pass(self) -> bool {
+        match self {
+            Self::Unreadable(kind) => kind != ErrorKind::NotFound,
+            Self::NoMemory => true,
+            Self::NotOurs | Self::Version | Self::TooLarge | Self::Length | Self::Checksum => false,
+        }
+    }
 }
 
 /// Bytes of a file that holds a state of so many bytes for so many tokens.
@@ -143,7 +156,7 @@ pub(super) fn read_state(
     head_digest: &[u8; DIGEST_BYTES],
 ) -> Result<SavedState, Damage> {
     let n_bytes = usize::try_from(head.n_state_bytes).map_err(|_| Damage::TooLarge)?;
-    let mut state = SavedState::zeroed(n_bytes).ok_or(Damage::TooLarge)?;
+    let mut state = SavedState::zeroed(n_bytes).ok_or(Damage::NoMemory)?;
     fill(file, &mut state)?;
     let mut digest = [0; DIGEST_BYTES];
     fill(file, &mut digest)?;
@@ -154,14 +167,14 @@ pub(super) fn read_state(
     match file.read(&mut [0]) {
         Ok(0) => Ok(state),
         Ok(_) => Err(Damage::Length),
-        Err(_) => Err(Damage::Unreadable),
+        Err(error) => Err(Damage::Unreadable(error.kind())),
     }
 }
 
 fn fill(file: &mut impl Read, bytes: &mut [u8]) -> Result<(), Damage> {
     file.read_exact(bytes).map_err(|error| match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => Damage::Length,
-        _ => Damage::Unreadable,
+        ErrorKind::UnexpectedEof => Damage::Length,
+        kind => Damage::Unreadable(kind),
     })
 }
 

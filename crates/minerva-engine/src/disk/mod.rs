@@ -72,16 +72,24 @@ pub(crate) trait Store: Send {
     /// Nothing can be written.
     fn write(&mut self, file: FileId, namespace: u64, tokens: &[TokenId], state: &[u8]) -> io::Result<bool>;
 
-    /// Reads a state back. After an error the file is gone.
+    /// Reads a state back.
     ///
     /// # Errors
-    /// What is wrong with the file.
-    fn read(&mut self, file: FileId) -> Result<SavedState, Damage>;
+    /// What is wrong with the file, and whether it is gone.
+    fn read(&mut self, file: FileId) -> Result<SavedState, Unread>;
 
     fn remove(&mut self, file: FileId);
 
     /// Bytes of all files, and how many there are.
     fn size(&self) -> (u64, usize);
+}
+
+/// A file that was not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Unread {
+    pub(crate) damage: Damage,
+    /// Nobody will read it: it was removed.
+    pub(crate) is_gone: bool,
 }
 
 /// What the thread has to do.
@@ -101,7 +109,7 @@ pub(crate) enum Answer {
     },
     Read {
         at: ParkId,
-        state: Option<SavedState>,
+        state: Result<SavedState, Unread>,
         took_us: u64,
     },
     /// The disk cannot be written any more; nothing else will be answered.
@@ -152,7 +160,7 @@ impl Counters {
             Damage::TooLarge => &self.too_large,
             Damage::Length => &self.length,
             Damage::Checksum => &self.checksum,
-            Damage::Unreadable => &self.unreadable,
+            Damage::Unreadable(_) | Damage::NoMemory => &self.unreadable,
         };
         counter.fetch_add(1, Relaxed);
     }
@@ -305,9 +313,10 @@ fn run(mut store: Box<dyn Store>, counters: &Counters, inbox: &Receiver<Job>, an
                 let state = store.read(file);
                 match &state {
                     Ok(_) => drop(counters.read.fetch_add(1, Relaxed)),
-                    Err(damage) => counters.count_damage(*damage),
+                    Err(unread) if unread.is_gone => counters.count_damage(unread.damage),
+                    Err(_) => {}
                 }
-                Some(Answer::Read { at, state: state.ok(), took_us: began.elapsed().as_micros() as u64 })
+                Some(Answer::Read { at, state, took_us: began.elapsed().as_micros() as u64 })
             }
             Job::Remove { file } => {
                 store.remove(file);

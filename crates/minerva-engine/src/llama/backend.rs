@@ -99,6 +99,7 @@ impl Backend for LlamaBackend {
             keeps_beginnings,
             window_cell_bytes: self.sizes.window_cell,
             n_window_tokens: if has_window { model.n_window_tokens() } else { 0 },
+            n_copied_window_tokens: if keeps_beginnings { model.n_window_tokens() } else { 0 },
             checkpoints_need_cells: !keeps_beginnings && !model.is_only_recurrent(),
             n_batch: self.context.n_batch(),
             n_ubatch: self.context.n_ubatch(),

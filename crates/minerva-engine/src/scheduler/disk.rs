@@ -17,14 +17,22 @@ use super::common;
 use super::parked::{ParkId, Parked};
 use super::seats::Seats;
 use super::{RequestId, Scheduler};
+use crate::backend::BackendLimits;
 use crate::disk::{MOST_FILES, file_bytes};
 use crate::request::TokenId;
 
 /// A file's name between the scheduler and the worker.
 pub type FileId = u64;
 
-/// Files that are read for requests at once, or lie ready for them; each has its room in host memory.
+/// Files that are read for requests at once.
 const MOST_READS: usize = 4;
+
+/// Those and others that were read and whose requests wait for a seat: they keep their room in host memory, of which half is for them.
+const MOST_CLAIMED: usize = 64;
+
+/// Nothing is read for so long after a file could not be, for the first time; each time after it twice as long.
+const FIRST_REST_US: u64 = 5_000_000;
+const MOST_DOUBLINGS: u32 = 6;
 
 /// What disks are taken to read until one was measured, in bytes per microsecond: half of what SATA can do.
 const READ_BYTES_PER_US: f64 = 250.0;
@@ -76,6 +84,17 @@ pub struct OnDisk {
     pub n_bytes: u64,
 }
 
+/// What became of a file that was to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fetched {
+    /// It is in host memory.
+    Done,
+    /// It is damaged, and was removed.
+    Gone,
+    /// It cannot be read now.
+    NotNow,
+}
+
 /// What became of a file that was to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Wrote {
@@ -121,6 +140,11 @@ pub(super) struct Disk {
     writing: Option<(FileId, ParkId)>,
     ops: Vec<DiskOp>,
     read_bytes_per_us: f64,
+    /// Something could not be read since this was looked at.
+    has_failed: bool,
+    /// Nothing is read before that, after so many failures.
+    rests_until_us: u64,
+    n_failed: u32,
     works: bool,
 }
 
@@ -138,6 +162,9 @@ impl Disk {
             writing: None,
             ops: Vec::new(),
             read_bytes_per_us: READ_BYTES_PER_US,
+            has_failed: false,
+            rests_until_us: 0,
+            n_failed: 0,
             works: false,
         }
     }
@@ -153,12 +180,15 @@ impl Disk {
     }
 
     /// The file that has most of a prompt.
-    fn best(&self, prompt: &[TokenId], namespace: u64, keeps_beginnings: bool) -> Option<(usize, usize)> {
+    fn best(&self, prompt: &[TokenId], namespace: u64, limits: &BackendLimits) -> Option<(usize, usize)> {
         let of_it = |file: &File| common(&file.tokens, prompt).min(prompt.len() - 1);
         let files = self.files.iter().enumerate().filter(|(_, file)| file.is_whole && file.namespace == namespace);
         files
             .map(|(i, file)| (of_it(file), i))
-            .filter(|&(n_shared, i)| keeps_beginnings || n_shared == self.files[i].tokens.len())
+            .filter(|&(n_shared, i)| {
+                let n_held = self.files[i].tokens.len();
+                n_shared == n_held || (limits.keeps_beginnings && n_shared >= limits.least_of_copy(n_held))
+            })
             .max_by_key(|&(n_shared, i)| (n_shared, std::cmp::Reverse(self.files[i].n_bytes), self.files[i].id))
             .map(|(n_shared, i)| (i, n_shared))
     }
@@ -226,12 +256,21 @@ impl Disk {
     }
 
     /// Copies in host memory that are read for requests, or were and wait for them: these stay.
-    fn n_claimed(&self) -> usize {
+    fn claimed(&self) -> Vec<ParkId> {
         let held = self.holds.iter().map(|hold| hold.at);
         let mut claimed: Vec<ParkId> = self.reads.iter().map(|(_, at)| *at).chain(held).collect();
         claimed.sort_unstable();
         claimed.dedup();
-        claimed.len()
+        claimed
+    }
+
+    /// Whether files are read now, and not after a failure that may pass. Reads that fail together are one failure.
+    fn may_read(&mut self, now_us: u64) -> bool {
+        if std::mem::take(&mut self.has_failed) {
+            self.rests_until_us = now_us.saturating_add(FIRST_REST_US << self.n_failed.min(MOST_DOUBLINGS));
+            self.n_failed = self.n_failed.saturating_add(1);
+        }
+        now_us >= self.rests_until_us
     }
 
     /// Nobody waits for `at` but whoever is in the list still.
@@ -293,27 +332,39 @@ impl Scheduler {
             return None;
         }
         let held = |id| self.disk.held_until_us(id).filter(|&until| until > now_us);
-        self.queue.ids().map(held).collect::<Option<Vec<_>>>()?.into_iter().min()
+        let held = self.queue.ids().map(held).collect::<Option<Vec<_>>>()?;
+        held.into_iter().chain(self.queue.next_deadline_us(now_us)).min()
     }
 
     /// Before requests are admitted: fetches files for those that wait, and writes what is in host memory only.
     pub(super) fn use_disk(&mut self, now_us: u64) {
         if self.disk.works {
-            self.fetch(now_us);
+            if self.disk.may_read(now_us) {
+                self.fetch(now_us);
+            }
             self.write_next();
         }
     }
 
     fn fetch(&mut self, now_us: u64) {
-        let keeps_beginnings = self.limits.keeps_beginnings;
+        let limits = &self.limits;
         let (disk, seats) = (&mut self.disk, &mut self.seats);
         for (job, looked) in self.queue.unlooked() {
-            if disk.n_claimed() >= MOST_READS {
+            let claimed = disk.claimed();
+            if disk.reads.len() >= MOST_READS || claimed.len() >= MOST_CLAIMED {
+                return; // they are looked for later, should they still wait
+            }
+            let (prompt, namespace) = (&job.prompt, job.terms.namespace);
+            let Some((i, n_shared)) = disk.best(prompt, namespace, limits) else {
+                *looked = true;
+                continue;
+            };
+            let claimed_bytes: u64 = claimed.iter().map(|&at| seats.parked.entry_bytes(at)).sum();
+            let is_half = claimed_bytes + state_bytes(&disk.files[i]) > seats.parked.limit_bytes() / 2;
+            if is_half && !claimed.is_empty() {
                 return;
             }
             *looked = true;
-            let (prompt, namespace) = (&job.prompt, job.terms.namespace);
-            let Some((i, n_shared)) = disk.best(prompt, namespace, keeps_beginnings) else { continue };
             let n_new = n_shared.saturating_sub(seats.n_at_hand(prompt, namespace));
             if n_new < seats.parked.least_tokens() {
                 continue;
@@ -353,8 +404,8 @@ impl Scheduler {
         }
     }
 
-    /// A file was read in so many microseconds, or could not be and is gone. `false` when nobody has a place for it any more.
-    pub fn disk_read(&mut self, at: ParkId, was_read: bool, took_us: u64) -> bool {
+    /// A file was read in so many microseconds, or could not be. `false` when nobody has a place for it any more.
+    pub fn disk_read(&mut self, at: ParkId, outcome: Fetched, took_us: u64) -> bool {
         let Some(i) = self.disk.reads.iter().position(|(_, own)| *own == at) else { return false };
         let (id, _) = self.disk.reads.swap_remove(i);
         for hold in self.disk.holds.iter_mut().filter(|hold| hold.at == at) {
@@ -362,12 +413,21 @@ impl Scheduler {
         }
         let Some(place) = self.disk.files.iter().position(|file| file.id == id) else { return false };
         self.disk.files[place].is_read = false;
-        if !was_read {
-            self.disk.remove(place);
+        if outcome != Fetched::Done {
             self.disk.holds.retain(|hold| hold.at != at);
-            self.seats.parked.file_gone(id);
             self.seats.parked.forget(at);
-            return true;
+        }
+        match outcome {
+            Fetched::Done => self.disk.n_failed = 0,
+            Fetched::Gone => {
+                self.disk.remove(place);
+                self.seats.parked.file_gone(id);
+                return true;
+            }
+            Fetched::NotNow => {
+                self.disk.has_failed = true;
+                return true;
+            }
         }
         let measured = self.disk.files[place].n_bytes as f64 / took_us.max(1) as f64;
         self.disk.read_bytes_per_us += LEARN * (measured - self.disk.read_bytes_per_us);
@@ -394,7 +454,7 @@ impl Scheduler {
         let Some((tokens, namespace)) = parked.entry(at) else { return };
         let n_bytes = file_bytes(tokens.len(), n_state_bytes);
         let same = disk.files.iter().find(|file| {
-            let has_it = self.limits.keeps_beginnings && Parked::covers(&file.tokens, tokens);
+            let has_it = self.limits.copies_keep_beginnings() && Parked::covers(&file.tokens, tokens);
             file.is_whole && file.namespace == namespace && (has_it || file.tokens == tokens)
         });
         if let Some(file) = same.map(|file| file.id) {
@@ -429,7 +489,7 @@ impl Scheduler {
         }
         self.disk.files[place].is_whole = true;
         self.seats.parked.wrote(at, Some(id));
-        if !self.limits.keeps_beginnings {
+        if !self.limits.copies_keep_beginnings() {
             return;
         }
         // What it begins with is there twice now.

@@ -35,7 +35,7 @@ pub(crate) use common::common;
 pub use cost::Work;
 pub use decision::{Admission, CacheOp, Checkpoint, Copy, Output, Rewind, Step, Yielded};
 use disk::Disk;
-pub use disk::{DiskOp, FileId, OnDisk, Wrote};
+pub use disk::{DiskOp, Fetched, FileId, OnDisk, Wrote};
 pub use hints::Keep;
 pub use job::{ClientId, DraftLimits, Job, Policy, RequestId, Reservation, Terms};
 pub use outlook::Place;
@@ -68,6 +68,8 @@ pub struct Scheduler {
     draft_us: u64,
     /// Checkpoints that nobody has asked for yet.
     taken: Vec<Checkpoint>,
+    /// When somebody was to be admitted last.
+    now_us: u64,
 }
 
 impl Scheduler {
@@ -84,6 +86,7 @@ impl Scheduler {
             decoding: Vec::new(),
             draft_us: 0,
             taken: Vec::new(),
+            now_us: 0,
         }
     }
 
@@ -134,18 +137,20 @@ impl Scheduler {
 
     /// Seats the request that is next, if there is room for it or others have to yield. Call until it returns `None`.
     pub fn admit(&mut self, now_us: u64) -> Option<Admission> {
+        self.now_us = now_us;
         self.use_disk(now_us);
         let (seats, disk) = (&self.seats, &self.disk);
         let next = self.queue.next(now_us, |client| seats.n_running(client), |id| !disk.holds(id, now_us))?;
         // Nobody overtakes a large request that waits for more room.
-        let victims = self.seats.victims(&self.queue.at(next).job)?;
+        let best = self.best_priority();
+        let victims = self.seats.victims(self.queue.at(next), now_us, best)?;
         let mut ops = Vec::new();
         for &seq in &victims {
             if let Some((job, resume)) = self.seats.preempt(seq, &mut ops) {
-                self.queue.push_back(job, resume);
+                self.queue.push_back(job, resume, now_us);
             }
         }
-        let waiting = self.queue.admit(next);
+        let waiting = self.queue.admit(next, now_us);
         self.seats.respect_hints(&waiting.job.terms, now_us);
         let admission = self.seats.seat(&waiting, &mut ops);
         if waiting.resume.is_none()
@@ -162,6 +167,12 @@ impl Scheduler {
             }
         }
         Some(Admission { preempted: victims, ops, ..admission })
+    }
+
+    /// Of all that wait and run.
+    fn best_priority(&self) -> i32 {
+        let running = self.seats.best_priority();
+        self.queue.best_priority().map_or(running, |waiting| running.min(waiting))
     }
 
     /// Copies in host memory that nobody needs any more; their room is counted as free already.
@@ -253,8 +264,8 @@ impl Scheduler {
     /// the last admission, and do what it wants before [`step`](Self::step).
     pub fn make_room(&mut self) -> Option<Yielded> {
         let mut yielded = Yielded::default();
-        for (job, resume) in self.seats.make_room(&mut yielded) {
-            self.queue.push_back(job, resume);
+        for (job, resume) in self.seats.make_room(self.best_priority(), &mut yielded) {
+            self.queue.push_back(job, resume, self.now_us);
         }
         (!yielded.ops.is_empty() || !yielded.seqs.is_empty()).then_some(yielded)
     }
@@ -347,7 +358,7 @@ impl Scheduler {
         for row in &step.rows {
             self.seats.computed(row);
         }
-        self.seats.count_step();
+        self.seats.count_step(step_us);
         let (decode, prefill) = step.rows.split_at(step.rows.len() - step.n_prefill);
         let cells = |rows: &[Row]| rows.iter().map(|row| u64::from(row.pos)).sum::<u64>();
         let n_decode = self.decoding.len();

@@ -93,6 +93,10 @@ impl Parked {
         self.cost = cost;
     }
 
+    pub(super) fn limit_bytes(&self) -> u64 {
+        self.limit_bytes
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.n_bytes
     }
@@ -144,7 +148,7 @@ impl Parked {
         let complete = self.entries.iter().filter(|entry| entry.is_for(namespace) && !self.is_part(entry));
         let found = complete.map(|entry| {
             let (n_tokens, n_common) = (entry.tokens.len(), common(&entry.tokens, prompt).min(prompt.len() - 1));
-            let Reach { n_tokens: n_shared, rewind } = self.reach(n_tokens, n_common, prompt, namespace);
+            let Reach { n_tokens: n_shared, rewind } = self.reach_of_copy(entry, n_common, prompt, namespace);
             Found { id: entry.id, n_shared, n_tokens, rewind, is_warm: entry.tier.is_warm }
         });
         found.filter(wanted).max_by_key(|found| (found.n_shared, std::cmp::Reverse(found.n_tokens), found.id))
@@ -168,7 +172,7 @@ impl Parked {
         let same = self.entries.iter().filter(|entry| entry.is_for(namespace) && !self.is_part(entry));
         let held = same.map(|entry| {
             let n_common = common(&entry.tokens, tokens);
-            self.reach(entry.tokens.len(), n_common, tokens, namespace).n_tokens
+            self.reach_of_copy(entry, n_common, tokens, namespace).n_tokens
         });
         held.max().unwrap_or(0)
     }

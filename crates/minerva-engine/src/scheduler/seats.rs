@@ -5,11 +5,13 @@ mod keeping;
 mod misses;
 mod places;
 mod preempt;
+mod rest;
 mod room;
 mod sharing;
 
 use checkpoints::Points;
 pub use misses::Miss;
+use rest::Rest;
 use room::Claims;
 use sharing::Source;
 
@@ -18,7 +20,7 @@ use super::draft::{LookupTrust, Trust};
 use super::job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 use super::lost::Lost;
 use super::parked::{Parked, Reach};
-use super::queue::Waiting;
+use super::queue::{Turn, Waiting};
 use super::{Admission, CacheOp};
 use crate::backend::{BackendLimits, Row, SeqId};
 use crate::drafter::{Draft, Wish, said_before};
@@ -36,8 +38,8 @@ pub(super) struct Seat {
     /// Those of the owner, or of the last one.
     terms: Terms,
     reuse: bool,
-    /// The owner's place in the queue, should it have to go back there.
-    queued: (u64, u64),
+    /// The owner's place among others, here and should it have to go back to the queue.
+    turn: Turn,
     guess: bool,
     /// Guessed tokens of the step that is being computed, and how many of them were right so far.
     guessed: Vec<TokenId>,
@@ -61,8 +63,12 @@ pub(super) struct Seat {
     n_draft_held: usize,
     /// Steps since the owner came here.
     n_steps: u32,
+    /// Something of it was computed in this step.
+    is_served: bool,
     tokens: Vec<TokenId>,
     n_cells: usize,
+    /// It cannot be cut any shorter: it came back from host memory with the last of its windows only.
+    n_least: usize,
     n_prompt: usize,
     /// Tokens at the end of the prompt that are its own answer, from before it had to yield.
     n_answered_before: usize,
@@ -123,6 +129,11 @@ impl Seat {
         &self.terms
     }
 
+    /// Lower is earlier; `best` is the best priority that it is compared with.
+    fn rank(&self, best: i32) -> i64 {
+        self.turn.rank(self.terms.priority, best)
+    }
+
     pub(super) fn rest_of_prompt(&self) -> &[TokenId] {
         &self.tokens[self.n_cells..self.n_prompt]
     }
@@ -141,7 +152,13 @@ impl Seat {
 
     fn clear(&mut self) {
         self.tokens.clear();
+        self.lose_cells();
+    }
+
+    /// Nothing of it is in the cache.
+    fn lose_cells(&mut self) {
         self.n_cells = 0;
+        self.n_least = 0;
     }
 }
 
@@ -166,8 +183,8 @@ pub(super) struct Seats {
     draft_prior: Trust,
     /// What the last step gave with drafts, as a multiple of what it would have given without; `None` when that says nothing.
     pub(super) time_ratio: Option<f64>,
-    /// No copy has failed yet.
-    can_copy: bool,
+    /// After copies that failed.
+    copying: Rest,
     /// No move has failed yet.
     can_move: bool,
     /// The most checkpoints of one text.
@@ -188,7 +205,7 @@ impl Seats {
             drafts: (0, 0),
             draft_prior: Trust::default(),
             time_ratio: None,
-            can_copy: true,
+            copying: Rest::default(),
             can_move: true,
             max_checkpoints: policy.max_checkpoints,
         }
@@ -217,11 +234,17 @@ impl Seats {
         let aging_tokens = i64::from((self.limits.n_ubatch / 16).max(1));
         order.clear();
         order.extend(self.busy().filter(|(_, seat)| seat.is_prefilling()).map(|(seq, _)| seq));
+        let best = self.best_priority();
         order.sort_by_cached_key(|&seq| {
             let seat = &self.all[seq as usize];
             let rest = seat.rest_of_prompt().len() as i64 - aging_tokens * i64::from(seat.n_steps);
-            (seat.terms.priority, self.n_running(seat.terms.client), rest, seat.stamp)
+            (seat.rank(best), self.n_running(seat.terms.client), rest, seat.stamp)
         });
+    }
+
+    /// The best priority that runs, or the worst there is.
+    pub(super) fn best_priority(&self) -> i32 {
+        self.busy().map(|(_, seat)| seat.terms.priority).min().unwrap_or(i32::MAX)
     }
 
     pub(super) fn seat_of(&self, seq: SeqId) -> &Seat {
@@ -233,11 +256,15 @@ impl Seats {
         self.busy().filter(|(_, seat)| seat.terms.client == client).count()
     }
 
-    /// One more step is computed.
-    pub(super) fn count_step(&mut self) {
+    /// One more step is computed. A prompt that had no part in it has waited for so long.
+    pub(super) fn count_step(&mut self, step_us: u64) {
+        self.copying.count_step();
         for &seq in &self.order {
             let seat = &mut self.all[seq as usize];
             seat.n_steps = seat.n_steps.saturating_add(1);
+            if !std::mem::take(&mut seat.is_served) && seat.is_prefilling() {
+                seat.turn.wait(step_us);
+            }
         }
     }
 
@@ -318,8 +345,9 @@ impl Seats {
         seat.choice = choice;
         seat.terms = job.terms.after(&seat.terms, n_keep > 0);
         seat.reuse = job.reuse;
-        seat.queued = (waiting.since_us(), waiting.order());
+        seat.turn = waiting.turn;
         seat.n_steps = 0;
+        seat.is_served = false;
         seat.guess = job.guess;
         seat.guessed.clear();
         seat.is_guess_computed = false;
@@ -331,6 +359,9 @@ impl Seats {
         seat.tokens.clear();
         seat.tokens.extend_from_slice(&job.prompt);
         seat.tokens.reserve(job.max_tokens.min(4096) as usize);
+        if n_keep == 0 {
+            seat.n_least = 0;
+        }
         seat.n_cells = n_keep;
         seat.n_prompt = job.prompt.len();
         seat.n_answered_before = waiting.resume.map_or(0, |resume| resume.n_answered);
@@ -367,7 +398,7 @@ impl Seats {
 
     pub(super) fn forget_prefix(&mut self, seq: SeqId) {
         let seat = self.at(seq);
-        seat.n_cells = 0;
+        seat.lose_cells();
         seat.waits_for_fork = false;
         seat.source = None;
     }
@@ -375,13 +406,14 @@ impl Seats {
     /// Nothing of a running sequence is in the cache any more; what it has said becomes its prompt.
     pub(super) fn compute_again(&mut self, seq: SeqId) {
         let seat = self.at(seq);
-        seat.n_cells = 0;
+        seat.lose_cells();
         seat.n_prompt = seat.tokens.len();
     }
 
     /// A row is in the cache. Guesses only count as cells once they were right.
     pub(super) fn computed(&mut self, row: &Row) {
         let seat = self.at(row.seq);
+        seat.is_served = true;
         if seat.n_cells < seat.tokens.len() {
             debug_assert_eq!(seat.n_cells as u32, row.pos, "rows of a sequence are in order");
             seat.n_cells += 1;
@@ -513,11 +545,11 @@ impl Seats {
     }
 
     pub(super) fn forks(&mut self, seq: SeqId) -> Vec<SeqId> {
-        let n_prompt = self.at(seq).n_prompt;
+        let (n_prompt, n_least) = (self.at(seq).n_prompt, self.at(seq).n_least);
         let forks = std::mem::take(&mut self.at(seq).forks);
         for &fork in &forks {
             let seat = self.at(fork);
-            seat.n_cells = n_prompt;
+            (seat.n_cells, seat.n_least) = (n_prompt, n_least);
             seat.waits_for_fork = false;
         }
         forks

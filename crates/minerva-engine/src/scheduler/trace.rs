@@ -10,8 +10,8 @@ mod traced;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Admission, CacheOp, Checkpoint, Copy, DiskOp, FileId, Job, OnDisk, ParkId, Policy, RequestId, Scheduler, Step,
-    Warmed, Wrote, Yielded,
+    Admission, CacheOp, Checkpoint, Copy, DiskOp, Fetched, FileId, Job, OnDisk, ParkId, Policy, RequestId, Scheduler,
+    Step, Warmed, Wrote, Yielded,
 };
 use crate::backend::{BackendLimits, SeqId};
 use crate::drafter::Drafted;
@@ -54,7 +54,7 @@ enum Call {
     KeepWarm { seq: SeqId, is_pinned: bool, warmed: Warmed },
     DiskFound { files: Vec<OnDisk>, namespaces: Vec<u64> },
     DiskOps { ops: Vec<DiskOp> },
-    DiskRead { at: ParkId, was_read: bool, took_us: u64, is_wanted: bool },
+    DiskRead { at: ParkId, outcome: Fetched, took_us: u64, is_wanted: bool },
     DiskWrote { file: FileId, outcome: Wrote },
     DiskOff,
 }
@@ -134,8 +134,8 @@ impl Call {
             Self::KeepWarm { seq, is_pinned, warmed } => *warmed = scheduler.keep_warm(*seq, *is_pinned),
             Self::DiskFound { files, namespaces } => scheduler.disk_found(files.clone(), namespaces.clone()),
             Self::DiskOps { ops } => *ops = scheduler.disk_ops(),
-            Self::DiskRead { at, was_read, took_us, is_wanted } => {
-                *is_wanted = scheduler.disk_read(*at, *was_read, *took_us);
+            Self::DiskRead { at, outcome, took_us, is_wanted } => {
+                *is_wanted = scheduler.disk_read(*at, *outcome, *took_us);
             }
             Self::DiskWrote { file, outcome } => scheduler.disk_wrote(*file, *outcome),
             Self::DiskOff => scheduler.disk_off(),

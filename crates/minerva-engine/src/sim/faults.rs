@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use minerva_llama::SavedState;
 
-use crate::disk::{Damage, DiskCache, Opened, StateKey, Store};
+use crate::disk::{Damage, DiskCache, Opened, StateKey, Store, Unread};
 use crate::request::TokenId;
 use crate::scheduler::FileId;
 
@@ -17,8 +17,10 @@ pub struct SimDisk {
     pub cache: DiskCache,
     /// This write and all after it fail, counted from 1: the disk is full.
     pub fails_at_write: Option<u64>,
-    /// Every so many reads one fails.
+    /// Every so many reads one fails, and its file is gone.
     pub fails_every_reads: Option<u64>,
+    /// Every so many reads one cannot be done then.
+    pub busy_every_reads: Option<u64>,
     /// How long reading and writing take besides, in microseconds.
     pub slow_us: u64,
 }
@@ -50,12 +52,17 @@ impl Store for Faulty {
         self.store.write(file, namespace, tokens, state)
     }
 
-    fn read(&mut self, file: FileId) -> Result<SavedState, Damage> {
+    fn read(&mut self, file: FileId) -> Result<SavedState, Unread> {
         thread::sleep(Duration::from_micros(self.disk.slow_us));
         self.n_reads += 1;
-        if self.disk.fails_every_reads.is_some_and(|every| self.n_reads.is_multiple_of(every.max(1))) {
+        let is_due = |every: Option<u64>| every.is_some_and(|every| self.n_reads.is_multiple_of(every.max(1)));
+        let damage = Damage::Unreadable(io::ErrorKind::Other);
+        if is_due(self.disk.fails_every_reads) {
             self.store.remove(file);
-            return Err(Damage::Unreadable);
+            return Err(Unread { damage, is_gone: true });
+        }
+        if is_due(self.disk.busy_every_reads) {
+            return Err(Unread { damage, is_gone: false });
         }
         self.store.read(file)
     }

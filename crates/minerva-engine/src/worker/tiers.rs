@@ -6,7 +6,7 @@ use super::{Command, Worker};
 use crate::backend::SeqId;
 use crate::disk::{Answer, DiskTier, Job, Opened};
 use crate::event::GenerationError;
-use crate::scheduler::{CacheOp, DiskOp, ParkId, RequestId, Warmed};
+use crate::scheduler::{CacheOp, DiskOp, Fetched, ParkId, RequestId, Warmed};
 
 /// How long the end of the engine may take because of what is worth keeping.
 const MOST_FLUSH: Duration = Duration::from_secs(5);
@@ -59,8 +59,15 @@ impl Worker {
         match answer {
             Answer::Wrote { file, outcome } => self.scheduler.disk_wrote(file, outcome),
             Answer::Read { at, state, took_us } => {
-                let is_wanted = self.scheduler.disk_read(at, state.is_some(), took_us);
-                if let Some(state) = state.filter(|_| is_wanted) {
+                let outcome = match &state {
+                    Ok(_) => Fetched::Done,
+                    Err(unread) if unread.is_gone => Fetched::Gone,
+                    Err(_) => Fetched::NotNow,
+                };
+                let is_wanted = self.scheduler.disk_read(at, outcome, took_us);
+                if let Ok(state) = state
+                    && is_wanted
+                {
                     self.parking.keep(at, state);
                 }
             }

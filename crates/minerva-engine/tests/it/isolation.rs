@@ -45,7 +45,7 @@ prop_compose! {
         n_batch in prop::sample::select(vec![8_u32, 32, 256]),
         step_us in prop::sample::select(vec![0_u64, 0, 30]),
         cannot_cut in any::<bool>(),
-        memory in prop::sample::select(vec![SimMemory::Cells, SimMemory::Recurrent, SimMemory::Hybrid, SimMemory::Window(24)]),
+        memory in prop::sample::select(vec![SimMemory::Cells, SimMemory::Recurrent, SimMemory::Hybrid, SimMemory::Window(24), SimMemory::FullWindow(24)]),
         max_checkpoints in prop::sample::select(vec![0_u32, 2, 32]),
         fail_every_steps in prop::option::weighted(0.3, 5_u64..60),
         period_tokens in prop::option::of(1_u32..20),

@@ -297,7 +297,7 @@ proptest! {
         host_cache_bytes in prop::sample::select(vec![900_u64, 2_000, 1 << 20]),
         limit_bytes in prop::sample::select(vec![2_000_u64, 6_000, 1 << 20]),
         fails_at_write in prop::option::weighted(0.2, 1_u64..8),
-        fails_every_reads in prop::option::weighted(0.4, 1_u64..4),
+        (fails_every_reads, busy_every_reads) in (prop::option::weighted(0.4, 1_u64..4), prop::option::weighted(0.3, 1_u64..4)),
         slow_us in prop::sample::select(vec![0_u64, 0, 300, 5_000]),
         us_per_token in prop::sample::select(vec![0_u64, 20, 60]),
         flips in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<bool>()), 0..4),
@@ -315,7 +315,7 @@ proptest! {
             cannot_cut,
             host_cache_bytes,
             us_per_token,
-            disk: Some(SimDisk { cache, fails_at_write, fails_every_reads, slow_us }),
+            disk: Some(SimDisk { cache, fails_at_write, fails_every_reads, busy_every_reads, slow_us }),
             cache_isolation: if isolated { CacheIsolation::Key } else { CacheIsolation::None },
             trace_path: Some(trace.path().to_owned()),
             ..SimConfig::default()

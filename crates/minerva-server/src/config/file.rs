@@ -26,7 +26,8 @@ pub(super) fn read(path: Option<&Path>, is_explicit: bool) -> Result<Values, Con
     if text.len() as u64 > MAX_FILE_BYTES {
         return Err(error(format!("it is larger than {MAX_FILE_BYTES} bytes")));
     }
-    parse(&text, path)
+    // Some editors write a byte order mark.
+    parse(text.strip_prefix('\u{feff}').unwrap_or(&text), path)
 }
 
 fn parse(text: &str, path: &Path) -> Result<Values, ConfigError> {
@@ -119,6 +120,13 @@ mod tests {
         assert_eq!(message("[]"), "cannot use the config file config.json: it is not a JSON object");
         assert!(message(r#"{"gpu": 1}"#).ends_with("`gpu` must be an object"));
         assert!(message("{").contains("EOF while parsing"));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "\u{feff}{\"gpu\": {\"layers_to_gpu\": 4}}").unwrap();
+        assert_eq!(read(Some(file.path()), true).unwrap().len(), 1);
     }
 
     #[test]

@@ -424,11 +424,15 @@ fn read_keys(path: &Path) -> Result<Vec<String>, ConfigError> {
 }
 
 fn read_text(path: &Path, what: &'static str) -> Result<String, ConfigError> {
-    std::fs::read_to_string(path).map_err(|problem| ConfigError::File {
+    let mut text = std::fs::read_to_string(path).map_err(|problem| ConfigError::File {
         what,
         file: path.to_path_buf(),
         problem: problem.to_string(),
-    })
+    })?;
+    if text.starts_with('\u{feff}') {
+        text.remove(0); // some editors write a byte order mark
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -507,6 +511,13 @@ mod tests {
         assert!(with(&[("MINERVA_HOST", "0.0.0.0"), ("MINERVA_INSECURE", "1")]).address().is_ok());
         assert!(with(&[("MINERVA_HOST", "[::1]")]).address().is_ok());
         assert!(with(&[("MINERVA_HOST", "example.com")]).address().is_err());
+    }
+
+    #[test]
+    fn keys_are_lines_of_a_file_and_a_byte_order_mark_is_none_of_them() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "\u{feff}first\r\n# a comment\n\n second \n").unwrap();
+        assert_eq!(read_keys(file.path()).unwrap(), ["first", "second"]);
     }
 
     #[test]

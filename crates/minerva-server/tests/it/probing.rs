@@ -76,6 +76,23 @@ async fn a_driver_that_hangs_or_crashes_costs_a_line_and_not_the_server() {
 
 #[cfg(target_os = "linux")]
 #[test]
+fn a_signal_while_a_driver_hangs_ends_the_server_at_once() {
+    let driver = FakeDriver::build("signal", &[("FAKE_HANG", "init")]);
+    let mut server = Command::new(env!("CARGO_BIN_EXE_minerva-server"));
+    server.args(["--port", "0", "-m", &model()]).env_clear().env("LD_LIBRARY_PATH", driver.search_path());
+    let mut server = server.stderr(std::process::Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(server.try_wait().unwrap().is_none(), "the driver does not hang");
+    let sent = Instant::now();
+    assert!(Command::new("kill").arg(server.id().to_string()).status().unwrap().success());
+    let status = server.wait().unwrap();
+    // By itself and not by the signal, which the first process of a container would not feel.
+    assert_eq!(status.code(), Some(0));
+    assert!(sent.elapsed() < Duration::from_secs(1), "{:?}", sent.elapsed());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
 fn the_doctor_says_what_a_driver_that_fails_or_lies_does_and_what_to_do() {
     for (name, vars, words) in [
         ("refuses", ("FAKE_INIT", "9"), "sudo modprobe nvidia"),

@@ -37,6 +37,15 @@ impl Parked {
         longest.map_or(Reach::default(), |entry| Reach { n_tokens: entry.tokens.len(), rewind: Some(entry.id) })
     }
 
+    /// The same for a copy in host memory.
+    pub(super) fn reach_of_copy(&self, entry: &Entry, n_common: usize, prompt: &[TokenId], namespace: u64) -> Reach {
+        let n_held = entry.tokens.len();
+        if n_common < self.limits.least_of_copy(n_held) {
+            return Reach::default();
+        }
+        self.reach(n_held, n_common, prompt, namespace)
+    }
+
     /// Whether it is of use only where the cells of its tokens are.
     pub(super) fn is_part(&self, entry: &Entry) -> bool {
         entry.is_checkpoint && self.limits.checkpoints_need_cells

@@ -50,6 +50,9 @@ impl Seats {
         if seat.owner.is_some() && n_tokens > seat.n_cells {
             return Reach { n_tokens, rewind: None };
         }
+        if n_tokens < seat.n_least {
+            return Reach::default();
+        }
         self.parked.reach(seat.n_cells, n_tokens, prompt, namespace)
     }
 

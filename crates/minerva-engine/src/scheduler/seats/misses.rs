@@ -76,18 +76,22 @@ impl Seats {
         let seats = self.all.iter().filter(|seat| seat.terms.namespace == namespace).map(|seat| {
             let n_sure = if seat.owner.is_some() { seat.n_prompt.max(seat.n_cells) } else { seat.n_cells };
             let held = &seat.tokens[..n_sure.min(seat.tokens.len())];
-            (common(held, prompt), held.len())
+            (common(held, prompt), held.len(), seat.n_least)
         });
-        let (mut n_best, mut is_whole) = (0, false);
-        for (n_common, n_held) in seats.chain(self.parked.each_common(prompt, namespace)) {
+        let copies = self.parked.each_common(prompt, namespace);
+        let copies = copies.map(|(n_common, n_held)| (n_common, n_held, self.limits.least_of_copy(n_held)));
+        let (mut n_best, mut n_cut, mut is_whole) = (0, 0, false);
+        for (n_common, n_held, n_least) in seats.chain(copies) {
             n_best = n_best.max(n_common);
+            n_cut = n_cut.max(if n_common < n_least { 0 } else { n_common });
             is_whole |= n_common == n_held && n_common == n_reused;
         }
         let n_lost = self.lost.longest(prompt, namespace);
         Some(if n_lost >= least && n_lost > n_reused.max(n_best) {
             Miss::Evicted
         } else if n_best >= n_reused + least {
-            if self.can_copy && self.limits.keeps_beginnings { Miss::Spared } else { Miss::MemoryCannotBeCut }
+            let can_be_had = self.copying.is_over() && self.limits.keeps_beginnings && n_cut >= n_reused + least;
+            if can_be_had { Miss::Spared } else { Miss::MemoryCannotBeCut }
         } else if n_reused < least {
             Miss::First
         } else if is_whole {

@@ -38,9 +38,11 @@ impl Seats {
         self.note_lost(oldest, 0);
         let seat = self.at(wanted);
         let (tokens, terms, stamp) = (std::mem::take(&mut seat.tokens), seat.terms, seat.stamp);
+        let n_least = seat.n_least;
         seat.clear();
         let seat = self.at(oldest);
-        (seat.tokens, seat.n_cells, seat.terms, seat.stamp) = (tokens, n_cells, terms, stamp);
+        (seat.tokens, seat.terms, seat.stamp) = (tokens, terms, stamp);
+        (seat.n_cells, seat.n_least) = (n_cells, n_least);
         Some(wanted)
     }
 

@@ -4,6 +4,8 @@
 //! who comes: so it never goes back and forth. What it held is copied out, or computed again where that is quicker; the request
 //! goes back to its old place in the queue and goes on with the very tokens it had.
 
+use std::cmp::Ordering;
+
 use super::{Seat, Seats};
 use crate::backend::SeqId;
 use crate::scheduler::CacheOp;
@@ -15,15 +17,23 @@ use crate::scheduler::queue::{Resume, Waiting};
 const LEAST_WARM_TOKENS: usize = 16;
 
 impl Seats {
-    /// The seats to take so that `job` has room; `None` when there are not enough that may be taken.
-    pub(in crate::scheduler) fn victims(&self, job: &Job) -> Option<Vec<SeqId>> {
+    /// The seats to take so that `next` has room; `None` when there are not enough that may be taken. `best` is the best priority of all.
+    pub(in crate::scheduler) fn victims(&self, next: &Waiting, now_us: u64, best: i32) -> Option<Vec<SeqId>> {
+        let (job, rank) = (&next.job, next.rank(now_us, best));
         let mut victims = Vec::new();
         while !self.has_room_without(job, &victims) {
             let candidates = self.busy().filter(|(seq, seat)| {
-                !victims.contains(seq) && !self.is_needed(*seq, seat) && self.has_to_yield(seat, job, &victims)
+                let may_be_taken = !victims.contains(seq) && !self.is_needed(*seq, seat);
+                may_be_taken
+                    && match seat.rank(best).cmp(&rank) {
+                        // Age keeps a seat and takes none.
+                        Ordering::Greater => seat.terms.priority > job.terms.priority,
+                        Ordering::Equal => self.is_ahead(seat, job, &victims),
+                        Ordering::Less => false,
+                    }
             });
             let worst = candidates.max_by_key(|(_, seat)| {
-                (seat.terms.priority, self.n_running_without(seat.terms.client, &victims), seat.stamp)
+                (seat.rank(best), self.n_running_without(seat.terms.client, &victims), seat.stamp)
             });
             victims.push(worst?.0);
         }
@@ -35,11 +45,11 @@ impl Seats {
         seat.is_waiting() || !seat.forks.is_empty() || self.is_source(seq)
     }
 
-    fn has_to_yield(&self, seat: &Seat, job: &Job, victims: &[SeqId]) -> bool {
-        let (his, ours) = (&seat.terms, &job.terms);
-        let left = self.n_running_without(his.client, victims).saturating_sub(1);
-        let is_ahead = his.client != ours.client && left >= self.n_running(ours.client) + job.n as usize;
-        his.priority > ours.priority || (his.priority == ours.priority && is_ahead)
+    /// Without this seat its client still has at least as many as the one of `job` then has.
+    fn is_ahead(&self, seat: &Seat, job: &Job, victims: &[SeqId]) -> bool {
+        let (his, ours) = (seat.terms.client, job.terms.client);
+        let left = self.n_running_without(his, victims).saturating_sub(1);
+        his != ours && left >= self.n_running(ours) + job.n as usize
     }
 
     fn n_running_without(&self, client: ClientId, victims: &[SeqId]) -> usize {
@@ -50,7 +60,6 @@ impl Seats {
     pub(in crate::scheduler) fn preempt(&mut self, seq: SeqId, ops: &mut Vec<CacheOp>) -> Option<(Job, Resume)> {
         let seat = &self.all[seq as usize];
         let id = seat.owner?;
-        let (since_us, order) = seat.queued;
         let parked = self.parked.park(&seat.tokens[..seat.n_cells], seat.terms.namespace, true);
         ops.extend(parked.map(|at| CacheOp::Park { seq, at, n_tokens: seat.n_cells() }));
         if let Some(at) = parked {
@@ -66,7 +75,7 @@ impl Seats {
             guess: seat.guess,
             terms: seat.terms,
         };
-        let resume = Resume { choice: seat.choice, parked, since_us, order, n_answered: seat.n_answered() };
+        let resume = Resume { choice: seat.choice, parked, turn: seat.turn, n_answered: seat.n_answered() };
         self.release(seq);
         Some((job, resume))
     }
@@ -97,7 +106,9 @@ impl Seats {
         } else if n_shared < n_tokens {
             ops.push(CacheOp::Keep { seq, n_tokens: n_shared as u32 });
         }
-        self.at(seq).n_cells = n_shared;
+        let n_least = self.limits.least_of_copy(n_tokens);
+        let seat = self.at(seq);
+        (seat.n_cells, seat.n_least) = (n_shared, n_least);
         self.parked.used(id);
     }
 

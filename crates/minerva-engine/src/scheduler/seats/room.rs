@@ -104,8 +104,9 @@ impl Seats {
     }
 
     /// Before a step: all tokens that are known have to have cells. First finished sequences give theirs up, then running ones yield,
-    /// of the worst priority, of the client with most of them, the last to come first. Returns who goes on later.
-    pub(in crate::scheduler) fn make_room(&mut self, yielded: &mut Yielded) -> Vec<(Job, Resume)> {
+    /// of the worst priority, of the client with most of them, the last to come first. `best` is the best priority of
+    /// all. Returns who goes on later.
+    pub(in crate::scheduler) fn make_room(&mut self, best: i32, yielded: &mut Yielded) -> Vec<(Job, Resume)> {
         let mut waiting = Vec::new();
         if !self.limits.unified {
             return waiting;
@@ -118,7 +119,7 @@ impl Seats {
             }
             let candidates = self.busy().filter(|(seq, seat)| !self.is_needed(*seq, seat));
             let worst =
-                candidates.max_by_key(|(_, seat)| (seat.terms.priority, self.n_running(seat.terms.client), seat.stamp));
+                candidates.max_by_key(|(_, seat)| (seat.rank(best), self.n_running(seat.terms.client), seat.stamp));
             // Others wait for all of them: some rows of the next step have to wait, and then there is somebody.
             let Some(seq) = worst.map(|(seq, _)| seq) else { return waiting };
             waiting.extend(self.preempt(seq, &mut yielded.ops));

@@ -79,7 +79,7 @@ impl Seats {
                 let held = &self.all[source.seq as usize];
                 // A free one must not be taken for another choice, and nobody waits for less than he has.
                 let stays = held.owner.is_some() || n_free > job.n as usize;
-                self.can_copy && stays && held.n_cells >= n_kept
+                self.copying.is_over() && stays && held.n_cells >= n_kept
             },
         )
     }
@@ -103,26 +103,27 @@ impl Seats {
             held.is_before(seat.stamp) && self.reach(source.seq, prompt, namespace).n_tokens == source.n_tokens
         };
         let another = || self.best_source(prompt, namespace, Some(seq), seat.stamp, self.least_shared());
-        let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.can_copy);
+        let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.copying.is_over());
         let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
         let ready = source.filter(is_computed);
         let rewind = ready.and_then(|source| self.reach(source.seq, prompt, namespace).rewind);
         let n_held = ready.map_or(0, |source| self.all[source.seq as usize].n_cells());
         let has_room = rewind.is_none() || n_held as usize <= self.n_free_cells();
+        let n_least = ready.map_or(0, |source| self.all[source.seq as usize].n_least);
         let seat = self.at(seq);
         seat.source = if ready.is_some() { None } else { source };
         // All of the source is copied before it goes back: where that has no room the prompt is computed.
         let Source { seq: src, n_tokens } = ready.filter(|_| has_room)?;
-        seat.n_cells = n_tokens;
+        (seat.n_cells, seat.n_least) = (n_tokens, n_least);
         if let Some(at) = rewind {
             self.parked.used(at);
         }
         Some(Copy { src, dst: seq, n_tokens: n_tokens as u32, rewind: rewind.map(|at| Rewind { at, n_held }) })
     }
 
-    /// This kind of memory cannot be cut, or not copied: nobody waits for a copy any more.
+    /// This kind of memory cannot be copied, or not cut there now: for a while nobody waits for a copy.
     pub(in crate::scheduler) fn copy_failed(&mut self, seq: SeqId) {
-        self.can_copy = false;
+        self.copying.fail();
         self.forget_prefix(seq);
     }
 }

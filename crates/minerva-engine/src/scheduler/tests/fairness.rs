@@ -6,7 +6,7 @@ use expect_test::expect;
 
 use super::replay::Replay;
 use super::{Script, limits, pool, request, simulate};
-use crate::scheduler::{Policy, Scheduler, Terms};
+use crate::scheduler::{Policy, Scheduler, Step, Terms};
 
 /// Runs the requests without host memory and returns a line per step.
 fn simulate_without_host_memory<const N: usize>(n_seq_max: u32, scripts: &[Script; N]) -> String {
@@ -176,4 +176,71 @@ fn requests_are_taken_in_order_of_priority_deadline_and_arrival_and_the_late_one
     let (late, now_us) = (request("f").prompt(2).priority(0).job(), 75_000_000);
     scheduler.enqueue(late, now_us);
     assert_eq!(scheduler.admit(now_us).map(|admission| admission.id), Some(u64::from(b'e')), "it waited 75 s");
+}
+
+/// Admits all that can be and returns their names.
+fn admitted(scheduler: &mut Scheduler, now_us: u64) -> String {
+    let admissions = std::iter::from_fn(|| scheduler.admit(now_us));
+    admissions.map(|admission| char::from(admission.id as u8)).collect()
+}
+
+#[test]
+fn who_has_waited_for_its_seat_keeps_it_and_who_has_only_run_does_not() {
+    let mut scheduler = Scheduler::new(limits(1, 16), Policy::default());
+    let second = 1_000_000;
+    scheduler.enqueue(request("a").prompt(2).job(), 0);
+    assert_eq!(admitted(&mut scheduler, 0), "a");
+    scheduler.enqueue(request("b").prompt(2).priority(5).job(), 0);
+    scheduler.enqueue(request("c").prompt(2).job(), 70 * second);
+    assert_eq!(admitted(&mut scheduler, 70 * second), "");
+    scheduler.release(0);
+    assert_eq!(admitted(&mut scheduler, 70 * second), "b", "its 70 s are worth more than five priorities");
+    assert_eq!(admitted(&mut scheduler, 71 * second), "", "so it does not yield to the next one");
+    scheduler.enqueue(request("d").prompt(2).priority(-2).job(), 71 * second);
+    assert_eq!(admitted(&mut scheduler, 71 * second), "", "nor to two better ones: it is worth seven");
+    scheduler.enqueue(request("e").prompt(2).priority(-3).job(), 71 * second);
+    assert_eq!(admitted(&mut scheduler, 71 * second), "e");
+    // As good as `d`, and it came first.
+    scheduler.release(0);
+    assert_eq!(admitted(&mut scheduler, 72 * second), "b");
+    let mut running_long = Scheduler::new(limits(1, 16), Policy::default());
+    running_long.enqueue(request("a").prompt(2).priority(5).job(), 0);
+    assert_eq!(admitted(&mut running_long, 0), "a");
+    for (name, at) in [("b", 100), ("c", 101)] {
+        running_long.enqueue(request(name).prompt(2).job(), at * second);
+    }
+    assert_eq!(admitted(&mut running_long, 101 * second), "b");
+    running_long.release(0);
+    assert_eq!(admitted(&mut running_long, 102 * second), "c", "the first one ran for 100 s and has waited for one");
+}
+
+#[test]
+fn nobody_takes_the_seat_of_an_equal_or_better_one_by_having_waited() {
+    for worse in [0, 5] {
+        let mut scheduler = Scheduler::new(limits(1, 16), Policy::default());
+        let second = 1_000_000;
+        scheduler.enqueue(request("r").prompt(2).job(), 0);
+        assert_eq!(admitted(&mut scheduler, 0), "r");
+        scheduler.enqueue(request("s").prompt(2).priority(worse).job(), second);
+        scheduler.enqueue(request("m").prompt(2).priority(-1).job(), 100 * second);
+        assert_eq!(admitted(&mut scheduler, 100 * second), "", "the one that has waited is next, and has to wait");
+        scheduler.release(0);
+        assert_eq!(admitted(&mut scheduler, 101 * second), "s");
+    }
+}
+
+#[test]
+fn a_prompt_behind_better_ones_is_computed_in_the_end() {
+    let mut scheduler = Scheduler::new(limits(2, 4), Policy::default());
+    scheduler.enqueue(request("a").prompt(8).priority(5).job(), 0);
+    scheduler.enqueue(request("b").prompt(40).job(), 0);
+    assert_eq!(admitted(&mut scheduler, 0), "ba");
+    let mut step = Step::default();
+    let mut served = Vec::new();
+    for _ in 0..4 {
+        scheduler.step(&mut step);
+        served.push(step.rows[0].seq);
+        scheduler.computed(&step, 20_000_000);
+    }
+    assert_eq!(served, [0, 0, 0, 1], "after a minute it is as good as the other, and shorter");
 }

@@ -6,6 +6,7 @@
 
 mod admit;
 mod checkpoints;
+mod disk;
 mod fairness;
 mod forks;
 mod guesses;
@@ -161,6 +162,7 @@ fn limits(n_seq_max: u32, n_batch: u32) -> BackendLimits {
         keeps_beginnings: true,
         window_cell_bytes: 0,
         n_window_tokens: 0,
+        n_copied_window_tokens: 0,
         checkpoints_need_cells: false,
         n_batch,
         n_ubatch: n_batch,

@@ -59,10 +59,12 @@ proptest! {
         n_batch in prop::sample::select(vec![1_u32, 3, 8, 32, 128]),
         faults in prop::collection::btree_map(0_usize..120, prop::sample::select(vec![Fault::CacheUnchanged, Fault::HalfWritten]), 0..4),
         cannot_cut in prop::bool::weighted(0.3),
-        memory in 0_u32..4,
+        memory in 0_u32..5,
         cannot_copy in prop::bool::weighted(0.2),
         cannot_park in prop::bool::weighted(0.2),
         us_per_row in prop::sample::select(vec![0_u64, 100, 50_000]),
+        // With the longest a few ticks of waiting are worth a priority.
+        us_per_tick in prop::sample::select(vec![1000_u64, 1_000_000, 4_000_000]),
         draft in prop::option::of((0.0_f64..=1.0, prop::sample::select(vec![0_u64, 50, 5_000]), 0_u32..5, any::<bool>())),
         draft_fails_at in prop::option::weighted(0.2, 0_usize..60),
     ) {
@@ -71,7 +73,8 @@ proptest! {
             0 => base,
             1 => recurrent(base),
             2 => hybrid(base),
-            _ => window(base, 9),
+            3 => window(base, 9),
+            _ => BackendLimits { n_copied_window_tokens: 9, ..base },
         };
         let limits = BackendLimits { n_batch, n_ubatch: n_batch, ..base };
         let policy = Policy {
@@ -90,6 +93,7 @@ proptest! {
         replay.cannot_copy = cannot_copy;
         replay.cannot_park = cannot_park;
         replay.us_per_row = us_per_row;
+        replay.us_per_tick = us_per_tick;
         replay.run(&scripts, &faults);
     }
 }

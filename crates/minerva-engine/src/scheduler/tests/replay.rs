@@ -44,6 +44,8 @@ pub(super) struct Replay {
     limits: BackendLimits,
     pub(super) scheduler: Scheduler,
     cache: Vec<Vec<TokenId>>,
+    /// How short each sequence can be cut, after it came back from host memory.
+    least: Vec<usize>,
     owners: Vec<Option<RequestId>>,
     live: BTreeMap<RequestId, Live>,
     /// Waiting requests as they came, to see that nobody overtakes.
@@ -56,6 +58,7 @@ pub(super) struct Replay {
     pub(super) cannot_copy: bool,
     pub(super) cannot_park: bool,
     pub(super) us_per_row: u64,
+    pub(super) us_per_tick: u64,
     /// A draft model is right so often.
     pub(super) draft_quality: Option<f64>,
     /// And what one of its tokens takes.
@@ -86,6 +89,7 @@ impl Replay {
             limits,
             scheduler: Scheduler::new(limits, policy),
             cache: vec![Vec::new(); limits.n_seq_max as usize],
+            least: vec![0; limits.n_seq_max as usize],
             owners: vec![None; limits.n_seq_max as usize],
             live: BTreeMap::new(),
             queue: Vec::new(),
@@ -96,6 +100,7 @@ impl Replay {
             cannot_copy: false,
             cannot_park: false,
             us_per_row: 100,
+            us_per_tick: 1000,
             draft_quality: None,
             us_per_draft: 50,
             draft_fails_at: None,
@@ -158,9 +163,8 @@ impl Replay {
         self.end(id);
     }
 
-    /// A tick is a millisecond.
     fn now_us(&self) -> u64 {
-        self.tick as u64 * 1000
+        self.tick as u64 * self.us_per_tick
     }
 
     /// Gives back what a running request still has.
@@ -356,6 +360,9 @@ impl Replay {
                     if let Some(tokens) = self.parked.get(&at).or(self.complete_checkpoint(at)) {
                         assert_eq!(tokens.len(), n_tokens as usize, "all of it");
                         self.cache[seq as usize] = tokens.clone();
+                        let n_window = self.limits.n_copied_window_tokens;
+                        let has_lost = n_window > 0 && n_tokens > n_window;
+                        self.least[seq as usize] = if has_lost { n_tokens as usize } else { 0 };
                     } else {
                         assert!(self.cannot_park || lost_parks.contains(&at), "{at} is not parked");
                         self.scheduler.forget_prefix(seq);
@@ -364,7 +371,7 @@ impl Replay {
                 }
                 // It may go back in what could not be brought in.
                 CacheOp::Rewind { seq, .. } if lost => {
-                    self.cache[seq as usize].clear();
+                    self.empty(seq);
                     self.scheduler.forget_prefix(seq);
                 }
                 CacheOp::Rewind { at, seq, n_tokens } => {
@@ -435,6 +442,7 @@ impl Replay {
             assert!(n <= source.len(), "a copy of what is not computed");
             assert!(self.cache[dst as usize].is_empty(), "a copy over something else");
             self.cache[dst as usize] = source[..n].to_vec();
+            self.copy_least(src, dst);
             if let Some(rewind) = rewind {
                 self.rewind(rewind.at, dst, n_tokens);
             }
@@ -445,11 +453,12 @@ impl Replay {
     fn move_to(&mut self, src: SeqId, dst: SeqId, n_tokens: u32, is_there: &mut bool) {
         *is_there &= !self.cannot_copy;
         if !*is_there {
-            self.cache[dst as usize].clear();
+            self.empty(dst);
             return self.scheduler.move_failed(dst);
         }
         assert_eq!(self.cache[src as usize].len(), n_tokens as usize, "all of it");
         self.cache[dst as usize] = self.cache[src as usize].clone();
+        self.copy_least(src, dst);
         self.note(&format!("moves {n_tokens}"));
     }
 
@@ -458,11 +467,30 @@ impl Replay {
         self.limits.keeps_beginnings || n_held <= self.limits.n_window_tokens as usize
     }
 
+    fn empty(&mut self, seq: SeqId) {
+        self.cache[seq as usize].clear();
+        self.least[seq as usize] = 0;
+    }
+
+    fn copy_least(&mut self, src: SeqId, dst: SeqId) {
+        let (held, least) = (self.cache[dst as usize].len(), self.least[src as usize]);
+        assert!(held >= least, "sequence {src} came back with what is after {least} only");
+        self.least[dst as usize] = least;
+    }
+
     fn truncate(&mut self, seq: SeqId, n_tokens: u32) -> bool {
+        if n_tokens == 0 {
+            self.empty(seq);
+            return true;
+        }
+        assert!(n_tokens as usize >= self.least[seq as usize], "sequence {seq} is cut in what never came back");
         let is_cuttable = !self.cannot_cut && self.is_cuttable(self.cache[seq as usize].len());
         let tokens = &mut self.cache[seq as usize];
-        let cut = is_cuttable || n_tokens == 0 || n_tokens as usize == tokens.len();
-        tokens.truncate(if cut { n_tokens as usize } else { 0 });
+        let cut = is_cuttable || n_tokens as usize == tokens.len();
+        tokens.truncate(n_tokens as usize);
+        if !cut {
+            self.empty(seq);
+        }
         cut
     }
 
@@ -473,11 +501,12 @@ impl Replay {
                 let source = self.cache[output.seq as usize].clone();
                 assert_eq!(source.len() as u32, step.rows[output.row].pos + 1);
                 if self.cannot_copy {
-                    self.cache[fork as usize].clear();
+                    self.empty(fork);
                     self.scheduler.fork_failed(fork);
                 } else {
                     self.note(&format!("{} copies {}", self.name(fork), self.name(output.seq)));
                     self.cache[fork as usize] = source;
+                    self.copy_least(output.seq, fork);
                     self.sampled(fork);
                 }
             }
@@ -540,7 +569,7 @@ impl Replay {
         if fault == Fault::HalfWritten {
             for row in &step.rows {
                 self.scheduler.discard(row.seq);
-                self.cache[row.seq as usize].clear();
+                self.empty(row.seq);
             }
         }
         for row in &step.rows {

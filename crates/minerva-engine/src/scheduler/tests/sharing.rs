@@ -1,8 +1,12 @@
 //! Prompts that begin alike while all of them run: computed once, copied by the rest.
 
+use std::collections::BTreeMap;
+
 use expect_test::expect;
 
+use super::replay::Replay;
 use super::{Script, limits, pool, request, simulate};
+use crate::backend::BackendLimits;
 
 #[test]
 fn a_burst_with_one_beginning_computes_it_once() {
@@ -120,6 +124,45 @@ fn a_pool_that_is_short_gives_up_other_sequences_before_the_beginning_that_is_ab
         tick 3 | b prefill 0..16
         tick 6 | parks 16 | evicts 16 | c shares 10 | c prefill 10..12
         tick 7 | c decode
+    "#]]
+    .assert_eq(&trace);
+}
+
+#[test]
+fn copies_that_fail_are_tried_again_after_a_while() {
+    let mut replay = Replay::new(limits(4, 32));
+    let pair = |names: [&str; 2], text, at_tick| {
+        names.map(|name| request(name).at_tick(at_tick).shares(text, 0..16).prompt(2).generate(20))
+    };
+    let [first, soon, later] = [(["a", "b"], "s", 0), (["c", "d"], "t", 24), (["e", "f"], "u", 80)]
+        .map(|(names, text, at_tick)| pair(names, text, at_tick));
+    replay.cannot_copy = true;
+    replay.run(&first, &BTreeMap::new());
+    replay.cannot_copy = false;
+    replay.run(&soon, &BTreeMap::new());
+    assert!(!replay.trace.contains("shares"), "{}", replay.trace);
+    replay.run(&[request("x").at_tick(50).prompt(3).generate(30)], &BTreeMap::new());
+    replay.run(&later, &BTreeMap::new());
+    assert!(replay.trace.contains("f shares 16"), "{}", replay.trace);
+}
+
+#[test]
+fn what_came_back_with_its_last_window_is_used_whole_or_not_at_all() {
+    let windowed = BackendLimits { n_copied_window_tokens: 9, ..limits(1, 32) };
+    let a = request("a").shares("s", 0..20).generate(4);
+    let [b, c] = [("b", 8), ("d", 16)].map(|(name, at_tick)| request(name).at_tick(at_tick).prompt(20));
+    let again = request("c").at_tick(12).continues(&a).prompt(2);
+    let shorter = request("e").at_tick(20).shares("s", 0..18).prompt(3);
+    let trace = simulate(windowed, &[a, b, again, c, shorter]);
+    expect![[r#"
+        tick 0 | a prefill 0..20
+        tick 1 | a decode
+        tick 2 | a decode
+        tick 3 | a decode
+        tick 8 | parks 23 | b prefill 0..20
+        tick 12 | parks 20 | c reuses 23 | c prefill 23..26
+        tick 16 | d prefill 0..20
+        tick 20 | parks 20 | e prefill 0..21
     "#]]
     .assert_eq(&trace);
 }

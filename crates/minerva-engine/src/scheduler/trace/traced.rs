@@ -6,8 +6,8 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use super::super::{
-    Admission, CacheOp, Checkpoint, Copy, DiskOp, FileId, Guesses, Job, OnDisk, ParkId, Place, Policy, RequestId,
-    Scheduler, Step, Warmed, Wrote, Yielded,
+    Admission, CacheOp, Checkpoint, Copy, DiskOp, Fetched, FileId, Guesses, Job, OnDisk, ParkId, Place, Policy,
+    RequestId, Scheduler, Step, Warmed, Wrote, Yielded,
 };
 use super::{Call, runs};
 use crate::backend::{BackendLimits, SeqId};
@@ -278,9 +278,9 @@ impl Traced {
         ops
     }
 
-    pub(crate) fn disk_read(&mut self, at: ParkId, was_read: bool, took_us: u64) -> bool {
-        let is_wanted = self.scheduler.disk_read(at, was_read, took_us);
-        self.note(|_| Call::DiskRead { at, was_read, took_us, is_wanted });
+    pub(crate) fn disk_read(&mut self, at: ParkId, outcome: Fetched, took_us: u64) -> bool {
+        let is_wanted = self.scheduler.disk_read(at, outcome, took_us);
+        self.note(|_| Call::DiskRead { at, outcome, took_us, is_wanted });
         is_wanted
     }
 
