@@ -132,7 +132,7 @@ fn is_ready(app: &App, phase: &Phase) -> bool {
 }
 
 fn print_labelled(text: &mut Text, metrics: &Metrics) {
-    text.head("http_requests_total", "counter", "Responses by endpoint and status.");
+    text.head("http_requests_total", "counter", "Responses by endpoint and status; 499 where the client had left.");
     for ((endpoint, status), count) in &*metrics.responses.lock().unwrap_or_else(PoisonError::into_inner) {
         let labels = [("endpoint", *endpoint), ("status", &status.to_string())];
         text.sample("http_requests_total", &labels, *count as f64);

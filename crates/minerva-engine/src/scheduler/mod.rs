@@ -62,6 +62,8 @@ pub struct Scheduler {
     budget: Budget,
     /// The order in which prompts get their share of a step; here for its room.
     prompts: Vec<SeqId>,
+    /// Prompts that have no part in the step.
+    passed_over: Vec<SeqId>,
     /// The sequences that decode; here for its room.
     decoding: Vec<SeqId>,
     /// What the draft model took for the step to come, in microseconds.
@@ -83,6 +85,7 @@ impl Scheduler {
             disk: Disk::new(policy.disk_cache_bytes),
             budget: Budget::new(limits),
             prompts: Vec::new(),
+            passed_over: Vec::new(),
             decoding: Vec::new(),
             draft_us: 0,
             taken: Vec::new(),
@@ -142,7 +145,7 @@ impl Scheduler {
         let (seats, disk) = (&self.seats, &self.disk);
         let next = self.queue.next(now_us, |client| seats.n_running(client), |id| !disk.holds(id, now_us))?;
         // Nobody overtakes a large request that waits for more room.
-        let best = self.best_priority();
+        let best = self.seats.best_priority(self.queue.best_priority());
         let victims = self.seats.victims(self.queue.at(next), now_us, best)?;
         let mut ops = Vec::new();
         for &seq in &victims {
@@ -167,12 +170,6 @@ impl Scheduler {
             }
         }
         Some(Admission { preempted: victims, ops, ..admission })
-    }
-
-    /// Of all that wait and run.
-    fn best_priority(&self) -> i32 {
-        let running = self.seats.best_priority();
-        self.queue.best_priority().map_or(running, |waiting| running.min(waiting))
     }
 
     /// Copies in host memory that nobody needs any more; their room is counted as free already.
@@ -264,7 +261,7 @@ impl Scheduler {
     /// the last admission, and do what it wants before [`step`](Self::step).
     pub fn make_room(&mut self) -> Option<Yielded> {
         let mut yielded = Yielded::default();
-        for (job, resume) in self.seats.make_room(self.best_priority(), &mut yielded) {
+        for (job, resume) in self.seats.make_room(self.queue.best_priority(), &mut yielded) {
             self.queue.push_back(job, resume, self.now_us);
         }
         (!yielded.ops.is_empty() || !yielded.seqs.is_empty()).then_some(yielded)
@@ -288,7 +285,12 @@ impl Scheduler {
         let n_decode = step.rows.len();
         self.seats.prefilling(&mut self.prompts);
         let mut left = self.budget.prefill_tokens(self.demand(step)).min(n_batch - n_decode).min(n_cells);
+        self.passed_over.clear();
         for &seq in &self.prompts {
+            if left == 0 {
+                self.passed_over.push(seq);
+                continue;
+            }
             let seat = self.seats.seat_of(seq);
             let rest = seat.rest_of_prompt();
             let n = rest.len().min(left).min(self.seats.most_of_prompt(seq));
@@ -300,9 +302,6 @@ impl Scheduler {
                 step.rows.push(Row { seq, token, pos: seat.n_cells() + i as u32, output });
             }
             left -= n;
-            if left == 0 {
-                break;
-            }
         }
         step.n_prefill = step.rows.len() - n_decode;
     }
@@ -358,7 +357,10 @@ impl Scheduler {
         for row in &step.rows {
             self.seats.computed(row);
         }
-        self.seats.count_step(step_us);
+        self.seats.count_step();
+        for &seq in &self.passed_over {
+            self.seats.passed_over(seq, step_us);
+        }
         let (decode, prefill) = step.rows.split_at(step.rows.len() - step.n_prefill);
         let cells = |rows: &[Row]| rows.iter().map(|row| u64::from(row.pos)).sum::<u64>();
         let n_decode = self.decoding.len();

@@ -63,8 +63,6 @@ pub(super) struct Seat {
     n_draft_held: usize,
     /// Steps since the owner came here.
     n_steps: u32,
-    /// Something of it was computed in this step.
-    is_served: bool,
     tokens: Vec<TokenId>,
     n_cells: usize,
     /// It cannot be cut any shorter: it came back from host memory with the last of its windows only.
@@ -234,7 +232,10 @@ impl Seats {
         let aging_tokens = i64::from((self.limits.n_ubatch / 16).max(1));
         order.clear();
         order.extend(self.busy().filter(|(_, seat)| seat.is_prefilling()).map(|(seq, _)| seq));
-        let best = self.best_priority();
+        if order.len() < 2 {
+            return;
+        }
+        let best = self.best_priority(None);
         order.sort_by_cached_key(|&seq| {
             let seat = &self.all[seq as usize];
             let rest = seat.rest_of_prompt().len() as i64 - aging_tokens * i64::from(seat.n_steps);
@@ -242,9 +243,9 @@ impl Seats {
         });
     }
 
-    /// The best priority that runs, or the worst there is.
-    pub(super) fn best_priority(&self) -> i32 {
-        self.busy().map(|(_, seat)| seat.terms.priority).min().unwrap_or(i32::MAX)
+    /// The best priority that runs, or `waiting` where that is better.
+    pub(super) fn best_priority(&self, waiting: Option<i32>) -> i32 {
+        self.busy().map(|(_, seat)| seat.terms.priority).chain(waiting).min().unwrap_or_default()
     }
 
     pub(super) fn seat_of(&self, seq: SeqId) -> &Seat {
@@ -256,15 +257,17 @@ impl Seats {
         self.busy().filter(|(_, seat)| seat.terms.client == client).count()
     }
 
-    /// One more step is computed. A prompt that had no part in it has waited for so long.
-    pub(super) fn count_step(&mut self, step_us: u64) {
+    /// A prompt had no part in a step that took so long.
+    pub(super) fn passed_over(&mut self, seq: SeqId, step_us: u64) {
+        self.at(seq).turn.wait(step_us);
+    }
+
+    /// One more step is computed.
+    pub(super) fn count_step(&mut self) {
         self.copying.count_step();
         for &seq in &self.order {
             let seat = &mut self.all[seq as usize];
             seat.n_steps = seat.n_steps.saturating_add(1);
-            if !std::mem::take(&mut seat.is_served) && seat.is_prefilling() {
-                seat.turn.wait(step_us);
-            }
         }
     }
 
@@ -347,7 +350,6 @@ impl Seats {
         seat.reuse = job.reuse;
         seat.turn = waiting.turn;
         seat.n_steps = 0;
-        seat.is_served = false;
         seat.guess = job.guess;
         seat.guessed.clear();
         seat.is_guess_computed = false;
@@ -413,7 +415,6 @@ impl Seats {
     /// A row is in the cache. Guesses only count as cells once they were right.
     pub(super) fn computed(&mut self, row: &Row) {
         let seat = self.at(row.seq);
-        seat.is_served = true;
         if seat.n_cells < seat.tokens.len() {
             debug_assert_eq!(seat.n_cells as u32, row.pos, "rows of a sequence are in order");
             seat.n_cells += 1;

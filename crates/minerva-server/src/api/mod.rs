@@ -118,6 +118,9 @@ impl From<Response<ResponseBody>> for Answered {
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// What is counted where nobody was there to be answered: nginx's number for it.
+const CLIENT_LEFT: u16 = 499;
+
 /// Answers one request, whatever it is.
 pub(crate) async fn handle(app: Arc<App>, request: Request<Incoming>, busy: Busy) -> Response<ResponseBody> {
     let started = Instant::now();
@@ -126,16 +129,19 @@ pub(crate) async fn handle(app: Arc<App>, request: Request<Incoming>, busy: Busy
     let endpoint = route.map_or("other", |route| route.path);
     busy.set_unread_body(!request.body().is_end_stream());
     let checked = app.browser.check(request.version(), request.uri(), request.headers());
-    let call = Call { app: &app, busy: &busy, request_id: &request_id, started };
+    // Dropped with this function's future, should the client leave before there is a response.
+    let mut guard = Guard { app, endpoint, status: CLIENT_LEFT, started, request_id, in_flight: None, busy };
+    let Guard { ref app, ref request_id, ref busy, .. } = guard;
+    let call = Call { app, busy, request_id, started };
     let answering = AssertUnwindSafe(answer(&call, route, request, &checked)).catch_unwind();
     let answered = answering.await.unwrap_or_else(|_| Err(ApiError::internal("answering a request panicked")));
     let Answered { mut response, in_flight } = answered.unwrap_or_else(|error| {
         app.metrics.count_rejection(error.code);
-        log_error(&error, &request_id, endpoint);
+        log_error(&error, request_id, endpoint);
         Answered::from(error_response(&error))
     });
     let headers = response.headers_mut();
-    if let Ok(value) = HeaderValue::from_str(&request_id) {
+    if let Ok(value) = HeaderValue::from_str(request_id) {
         headers.insert(X_REQUEST_ID, value);
     }
     if let Ok(Some(origin)) = checked
@@ -146,8 +152,7 @@ pub(crate) async fn handle(app: Arc<App>, request: Request<Incoming>, busy: Busy
         let readable = HeaderValue::from_static("x-request-id, retry-after");
         headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, readable);
     }
-    let status = response.status().as_u16();
-    let guard = Guard { app, endpoint, status, started, request_id, in_flight, busy };
+    (guard.status, guard.in_flight) = (response.status().as_u16(), in_flight);
     response.map(|body| body.guarded(guard))
 }
 

@@ -39,7 +39,6 @@ pub(crate) struct Guard {
     pub(crate) request_id: String,
     /// Set for generation requests.
     pub(crate) in_flight: Option<InFlightGuard>,
-    #[expect(dead_code, reason = "dropped with the guard")]
     pub(crate) busy: Busy,
 }
 

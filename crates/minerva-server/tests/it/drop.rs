@@ -87,3 +87,16 @@ async fn a_client_that_leaves_the_queue_frees_its_place() {
     }
     assert_eq!(server.engine.stats().requests_running, 1, "the first one goes on");
 }
+
+#[tokio::test]
+async fn a_client_that_leaves_before_its_answer_is_counted() {
+    let server = start_with(SimConfig { step_us: 5_000, ..sim() }, |_| {}).await;
+    let body = json!({"prompt": "hi", "max_tokens": 500}).to_string();
+    let client = send(server.address, &post_bytes("/v1/completions", "", body.as_bytes())).await;
+    eventually("it runs", || server.engine.stats().requests_running == 1).await;
+    drop(client);
+    assert_eq!(server.idle().await.cancelled_total, 1);
+    let metrics = server.get("/metrics").await.text();
+    let line = "minerva_http_requests_total{endpoint=\"/v1/completions\",status=\"499\"} 1";
+    assert!(metrics.lines().any(|own| own == line), "{metrics}");
+}

@@ -104,9 +104,13 @@ impl Seats {
     }
 
     /// Before a step: all tokens that are known have to have cells. First finished sequences give theirs up, then running ones yield,
-    /// of the worst priority, of the client with most of them, the last to come first. `best` is the best priority of
-    /// all. Returns who goes on later.
-    pub(in crate::scheduler) fn make_room(&mut self, best: i32, yielded: &mut Yielded) -> Vec<(Job, Resume)> {
+    /// of the worst priority, of the client with most of them, the last to come first. `best_waiting` is the best
+    /// priority that waits. Returns who goes on later.
+    pub(in crate::scheduler) fn make_room(
+        &mut self,
+        best_waiting: Option<i32>,
+        yielded: &mut Yielded,
+    ) -> Vec<(Job, Resume)> {
         let mut waiting = Vec::new();
         if !self.limits.unified {
             return waiting;
@@ -118,6 +122,7 @@ impl Seats {
                 return waiting;
             }
             let candidates = self.busy().filter(|(seq, seat)| !self.is_needed(*seq, seat));
+            let best = self.best_priority(best_waiting);
             let worst =
                 candidates.max_by_key(|(_, seat)| (seat.rank(best), self.n_running(seat.terms.client), seat.stamp));
             // Others wait for all of them: some rows of the next step have to wait, and then there is somebody.
