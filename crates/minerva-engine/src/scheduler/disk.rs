@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::budget::PromptCost;
 use super::common;
 use super::parked::{ParkId, Parked};
+use super::rest::Rest;
 use super::seats::Seats;
 use super::{RequestId, Scheduler};
 use crate::backend::BackendLimits;
@@ -30,9 +31,9 @@ const MOST_READS: usize = 4;
 /// Those and others that were read and whose requests wait for a seat: they keep their room in host memory, of which half is for them.
 const MOST_CLAIMED: usize = 64;
 
-/// Nothing is read for so long after a file could not be, for the first time; each time after it twice as long.
+/// Nothing is read for so long after a file could not be, and never for longer than that.
 const FIRST_REST_US: u64 = 5_000_000;
-const MOST_DOUBLINGS: u32 = 6;
+const LONGEST_REST_US: u64 = 320_000_000;
 
 /// What disks are taken to read until one was measured, in bytes per microsecond: half of what SATA can do.
 const READ_BYTES_PER_US: f64 = 250.0;
@@ -142,9 +143,8 @@ pub(super) struct Disk {
     read_bytes_per_us: f64,
     /// Something could not be read since this was looked at.
     has_failed: bool,
-    /// Nothing is read before that, after so many failures.
-    rests_until_us: u64,
-    n_failed: u32,
+    /// After such a failure, in microseconds.
+    reading: Rest,
     works: bool,
 }
 
@@ -163,8 +163,7 @@ impl Disk {
             ops: Vec::new(),
             read_bytes_per_us: READ_BYTES_PER_US,
             has_failed: false,
-            rests_until_us: 0,
-            n_failed: 0,
+            reading: Rest::new(FIRST_REST_US, LONGEST_REST_US),
             works: false,
         }
     }
@@ -267,10 +266,9 @@ impl Disk {
     /// Whether files are read now, and not after a failure that may pass. Reads that fail together are one failure.
     fn may_read(&mut self, now_us: u64) -> bool {
         if std::mem::take(&mut self.has_failed) {
-            self.rests_until_us = now_us.saturating_add(FIRST_REST_US << self.n_failed.min(MOST_DOUBLINGS));
-            self.n_failed = self.n_failed.saturating_add(1);
+            self.reading.fail(now_us);
         }
-        now_us >= self.rests_until_us
+        self.reading.is_over(now_us)
     }
 
     /// Nobody waits for `at` but whoever is in the list still.
@@ -418,7 +416,7 @@ impl Scheduler {
             self.seats.parked.forget(at);
         }
         match outcome {
-            Fetched::Done => self.disk.n_failed = 0,
+            Fetched::Done => self.disk.reading.forget(),
             Fetched::Gone => {
                 self.disk.remove(place);
                 self.seats.parked.file_gone(id);

@@ -24,6 +24,7 @@ mod lost;
 mod outlook;
 mod parked;
 mod queue;
+mod rest;
 mod seats;
 #[cfg(test)]
 mod tests;

@@ -5,13 +5,11 @@ mod keeping;
 mod misses;
 mod places;
 mod preempt;
-mod rest;
 mod room;
 mod sharing;
 
 use checkpoints::Points;
 pub use misses::Miss;
-use rest::Rest;
 use room::Claims;
 use sharing::Source;
 
@@ -21,6 +19,7 @@ use super::job::{ClientId, DraftLimits, Job, Policy, RequestId, Terms};
 use super::lost::Lost;
 use super::parked::{Parked, Reach};
 use super::queue::{Turn, Waiting};
+use super::rest::Rest;
 use super::{Admission, CacheOp};
 use crate::backend::{BackendLimits, Row, SeqId};
 use crate::drafter::{Draft, Wish, said_before};
@@ -28,6 +27,10 @@ use crate::request::TokenId;
 
 /// Tokens that a draft model may catch up in a step before its speed is known, and in any case.
 const FIRST_FEED_TOKENS: u32 = 32;
+
+/// After a copy that failed none is made for so many steps, and never for more than so many.
+const FIRST_REST_STEPS: u64 = 64;
+const LONGEST_REST_STEPS: u64 = 65_536;
 
 /// One sequence. `tokens[..n_cells]` is what the cache holds; while it runs, one more token may wait to be computed.
 #[derive(Debug, Default)]
@@ -181,8 +184,10 @@ pub(super) struct Seats {
     draft_prior: Trust,
     /// What the last step gave with drafts, as a multiple of what it would have given without; `None` when that says nothing.
     pub(super) time_ratio: Option<f64>,
-    /// After copies that failed.
+    /// After copies that failed, in steps.
     copying: Rest,
+    /// Steps so far.
+    n_steps: u64,
     /// No move has failed yet.
     can_move: bool,
     /// The most checkpoints of one text.
@@ -203,7 +208,8 @@ impl Seats {
             drafts: (0, 0),
             draft_prior: Trust::default(),
             time_ratio: None,
-            copying: Rest::default(),
+            copying: Rest::new(FIRST_REST_STEPS, LONGEST_REST_STEPS),
+            n_steps: 0,
             can_move: true,
             max_checkpoints: policy.max_checkpoints,
         }
@@ -243,6 +249,11 @@ impl Seats {
         });
     }
 
+    /// Whether copies are made, and not left alone after a failure.
+    fn can_copy(&self) -> bool {
+        self.copying.is_over(self.n_steps)
+    }
+
     /// The best priority that runs, or `waiting` where that is better.
     pub(super) fn best_priority(&self, waiting: Option<i32>) -> i32 {
         self.busy().map(|(_, seat)| seat.terms.priority).chain(waiting).min().unwrap_or_default()
@@ -264,7 +275,7 @@ impl Seats {
 
     /// One more step is computed.
     pub(super) fn count_step(&mut self) {
-        self.copying.count_step();
+        self.n_steps += 1;
         for &seq in &self.order {
             let seat = &mut self.all[seq as usize];
             seat.n_steps = seat.n_steps.saturating_add(1);

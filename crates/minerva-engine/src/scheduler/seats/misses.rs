@@ -90,7 +90,7 @@ impl Seats {
         Some(if n_lost >= least && n_lost > n_reused.max(n_best) {
             Miss::Evicted
         } else if n_best >= n_reused + least {
-            let can_be_had = self.copying.is_over() && self.limits.keeps_beginnings && n_cut >= n_reused + least;
+            let can_be_had = self.can_copy() && self.limits.keeps_beginnings && n_cut >= n_reused + least;
             if can_be_had { Miss::Spared } else { Miss::MemoryCannotBeCut }
         } else if n_reused < least {
             Miss::First

@@ -79,7 +79,7 @@ impl Seats {
                 let held = &self.all[source.seq as usize];
                 // A free one must not be taken for another choice, and nobody waits for less than he has.
                 let stays = held.owner.is_some() || n_free > job.n as usize;
-                self.copying.is_over() && stays && held.n_cells >= n_kept
+                self.can_copy() && stays && held.n_cells >= n_kept
             },
         )
     }
@@ -103,7 +103,7 @@ impl Seats {
             held.is_before(seat.stamp) && self.reach(source.seq, prompt, namespace).n_tokens == source.n_tokens
         };
         let another = || self.best_source(prompt, namespace, Some(seq), seat.stamp, self.least_shared());
-        let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.copying.is_over());
+        let source = seat.source.filter(is_as_it_was).or_else(another).filter(|_| self.can_copy());
         let is_computed = |source: &Source| self.all[source.seq as usize].n_cells >= source.n_tokens;
         let ready = source.filter(is_computed);
         let rewind = ready.and_then(|source| self.reach(source.seq, prompt, namespace).rewind);
@@ -123,7 +123,7 @@ impl Seats {
 
     /// This kind of memory cannot be copied, or not cut there now: for a while nobody waits for a copy.
     pub(in crate::scheduler) fn copy_failed(&mut self, seq: SeqId) {
-        self.copying.fail();
+        self.copying.fail(self.n_steps);
         self.forget_prefix(seq);
     }
 }
