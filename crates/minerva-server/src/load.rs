@@ -113,6 +113,11 @@ fn load(app: &App, source: Source, warm: Option<&WarmFile>, is_cancelled: &Atomi
         .and_then(|engine| warm.map_or(Ok(()), |warm| warm_up(app, &engine, warm, is_cancelled)).map(|()| engine));
     match warmed {
         Ok(engine) => {
+            // Before anybody is told: who reads the log asks at once.
+            app.set_phase(Phase::Ready(engine.clone()));
+            if app.is_draining() {
+                app.drain(); // the signal came just before the engine: it must hear of it too
+            }
             let info = engine.info();
             let placement = &info.placement;
             info!(
@@ -126,10 +131,6 @@ fn load(app: &App, source: Source, warm: Option<&WarmFile>, is_cancelled: &Atomi
                 seconds = started.elapsed().as_secs_f32(),
                 "ready"
             );
-            app.set_phase(Phase::Ready(engine));
-            if app.is_draining() {
-                app.drain(); // the signal came just before the engine: it must hear of it too
-            }
             Ok(())
         }
         Err(problem) => {
